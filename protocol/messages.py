@@ -1,0 +1,257 @@
+"""Every control message, who sends it to whom, and its form on the wire.
+
+    worker → router   Register, Heartbeat, Leaving, FirstToken, Tokens, RequestFailed
+    router → worker   Registered, RegisterAgain, PrefillRequest, Cancel
+    prefill → decode  GrantRequest, Handoff, Revoke
+    decode → prefill  Grant, GrantRefused, Accepted
+
+A message is two frames: its class's name and a msgpack map. Token ids travel as little-endian
+uint32 bytes. Unknown names, malformed maps and frames over ``MAX_FRAME_BYTES`` raise
+ProtocolError; receivers count and drop them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgpack
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+
+from protocol.errors import ProtocolError
+from protocol.geometry import Fingerprint
+from protocol.hashing import token_bytes, tokens_from_bytes
+from protocol.sampling import SamplingParams
+
+MAX_FRAME_BYTES = 64 << 20
+
+Role = Literal["prefill", "decode"]
+FinishReason = Literal["stop", "length"]
+
+
+def _read_tokens(value: object) -> object:
+    if isinstance(value, bytes):
+        if len(value) % 4:
+            raise ValueError("token ids are not a whole number of uint32")
+        return tokens_from_bytes(value)
+    return value
+
+
+TokenIds = Annotated[list[int], BeforeValidator(_read_tokens), PlainSerializer(token_bytes)]
+
+
+class Message(BaseModel):
+    """Base of all messages: frozen, every field typed, nothing unknown accepted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WorkerLoad(Message):
+    """What a worker tells of its load with each heartbeat."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    waiting_tokens: int = 0  # prompt tokens not computed yet
+    free_blocks: int = 0
+    total_blocks: int = 0
+    open_grants: int = 0
+    open_leases: int = 0
+
+
+class PeerAddress(Message):
+    """Where and who a decode worker is, as the router tells prefill."""
+
+    worker_id: str
+    epoch: int  # the worker's incarnation
+    control: str  # ZMQ endpoint
+    data: bytes  # the transport's own address
+
+
+class Register(Message):
+    """A worker joins (again). Its epoch is new at every start of its process."""
+
+    worker_id: str
+    epoch: int
+    role: Role
+    model: str
+    fingerprint: Fingerprint
+    vocab_size: int
+    max_model_len: int
+    pid: int
+    host: str
+    control: str
+    data: bytes
+    transport: str
+    metrics: str
+    load: WorkerLoad
+
+
+class Registered(Message):
+    """The router took the worker in. ``heartbeat_interval`` is in seconds."""
+
+    router_id: str
+    heartbeat_interval: float
+
+
+class RegisterAgain(Message):
+    """The router does not know the sender of a heartbeat, it was restarted for example."""
+
+
+class Heartbeat(Message):
+    """A registered worker is alive."""
+
+    epoch: int
+    load: WorkerLoad
+
+
+class Leaving(Message):
+    """The worker takes no new work."""
+
+    epoch: int
+
+
+class PrefillRequest(Message):
+    """Compute a prompt's KV, sample its first token, hand off to ``decode``."""
+
+    request_id: str
+    token_ids: TokenIds
+    sampling: SamplingParams
+    decode: PeerAddress
+    timeout: float  # seconds from now
+
+
+class FirstToken(Message):
+    """Token 0 of a request. With a finish reason nothing is handed off."""
+
+    request_id: str
+    token_id: int
+    finish_reason: FinishReason | None
+    num_cached_tokens: int  # prompt tokens that prefill found in its cache
+
+
+class TokenUpdate(Message):
+    """Tokens [index, index + len(token_ids)) of one request's output."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+
+
+class Tokens(Message):
+    """One decode step's new tokens for one router."""
+
+    updates: list[TokenUpdate]
+
+
+class RequestFailed(Message):
+    """The worker gave the request up; ``code`` and ``message`` rebuild the error."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+class Cancel(Message):
+    """Stop and forget a request. Idempotent; unknown requests are ignored."""
+
+    request_id: str
+
+
+class GrantRequest(Message):
+    """Prefill asks decode to reserve blocks for a prompt before computing it."""
+
+    request_id: str
+    router_id: str  # where decode sends the tokens
+    epoch: int  # of the decode worker that prefill means to ask
+    token_ids: TokenIds
+    sampling: SamplingParams
+    fingerprint: Fingerprint
+    timeout: float  # seconds from now
+
+
+class Grant(Message):
+    """Decode reserved ``blocks``, destinations of the prompt's blocks that it lacks, in order."""
+
+    request_id: str
+    grant_id: int
+    epoch: int
+    num_cached_tokens: int  # whole blocks of the prompt's start that decode already holds
+    blocks: list[int]
+    expires_in: float  # seconds without any block received
+
+
+class GrantRefused(Message):
+    """Decode cannot take the request, now or ever."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+class Handoff(Message):
+    """All blocks under the grant are sent; with their digests and the first token."""
+
+    request_id: str
+    grant_id: int
+    epoch: int
+    first_token: int
+    num_tokens: int  # prompt tokens whose KV the blocks hold
+    digests: list[int]  # one per granted block, unsigned 64 bit
+
+
+class Accepted(Message):
+    """Decode verified the hand-off and owns the request: prefill's lease ends."""
+
+    request_id: str
+    grant_id: int
+
+
+class Revoke(Message):
+    """Prefill will not use the grant (any more). ``grant_id`` 0: not yet granted."""
+
+    request_id: str
+    grant_id: int
+
+
+_KINDS: dict[bytes, type[Message]] = {
+    cls.__name__.encode(): cls
+    for cls in (
+        Register,
+        Registered,
+        RegisterAgain,
+        Heartbeat,
+        Leaving,
+        PrefillRequest,
+        FirstToken,
+        Tokens,
+        RequestFailed,
+        Cancel,
+        GrantRequest,
+        Grant,
+        GrantRefused,
+        Handoff,
+        Accepted,
+        Revoke,
+    )
+}
+
+
+def encode(message: Message) -> list[bytes]:
+    """The message's two frames."""
+    return [type(message).__name__.encode(), msgpack.packb(message.model_dump())]
+
+
+def decode(frames: list[bytes]) -> Message:
+    """Rebuild a message. Raises ProtocolError on anything that ``encode`` did not make."""
+    if len(frames) != 2:
+        raise ProtocolError(f"a message has 2 frames, not {len(frames)}")
+    kind, payload = frames
+    message_class = _KINDS.get(kind)
+    if message_class is None:
+        raise ProtocolError(f"unknown message {kind[:32]!r}")
+    if len(payload) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"{kind.decode()} of {len(payload)} bytes, limit {MAX_FRAME_BYTES}")
+    try:
+        return message_class.model_validate(msgpack.unpackb(payload))
+    except (ValidationError, ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"malformed {kind.decode()}: {error}") from error
