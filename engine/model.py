@@ -1,0 +1,108 @@
+"""The transformer, one for all families, over the paged KV arena.
+
+Computes one step's tokens of any mix of sequences: writes their keys and values into the arena
+and returns logits where a token is to be sampled. Holds no state but weights and rope tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.rope import rope_table
+from engine.weights import LayerWeights, ModelWeights
+from kernels.attention_metadata import AttentionMetadata
+from kernels.decode_attention import decode_attention
+from kernels.prefill_attention import prefill_attention
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import apply_rope
+from kernels.silu_mul import silu_mul
+from kernels.write_kv import write_kv
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step's tokens: those of rows with a single new token first, then all others."""
+
+    token_ids: Tensor  # int64 [tokens]
+    positions: Tensor  # int64 [tokens]
+    slots: Tensor  # int64 [tokens]: block * block_size + offset, where the token's KV goes
+    sampled: Tensor  # int64 [sampling rows]: indices of the tokens that need logits
+    num_decode: int  # rows with a single new token
+    decode: AttentionMetadata | None  # of those rows; None when there are none
+    prefill: AttentionMetadata | None  # of the other rows; None when there are none
+
+
+class Model:
+    """``forward`` runs on the device that holds the weights."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, max_model_len: int) -> None:
+        self._config = config
+        self._weights = weights
+        self._scale = config.head_dim**-0.5
+        cos, sin = rope_table(config.rope, config.head_dim, max_model_len)
+        self._cos = cos.to(weights.embed.device)  # [max_model_len, head_dim / 2]
+        self._sin = sin.to(weights.embed.device)
+
+    def forward(self, step: StepInput, kv: Tensor) -> Tensor:
+        """Logits, float32 [sampling rows, vocab].
+
+        ``kv`` is the arena, [blocks, kv heads, layers, 2, block_size, head_dim]; the step's slots
+        are written.
+        """
+        eps = self._config.rms_norm_eps
+        cos, sin = self._cos[step.positions], self._sin[step.positions]
+        residual = F.embedding(step.token_ids, self._weights.embed)  # [tokens, hidden]
+        branch: Tensor | None = None  # what the last block adds to the residual
+        for index, layer in enumerate(self._weights.layers):
+            if branch is None:
+                x = rms_norm(residual, layer.attention_norm, eps)
+            else:
+                x, residual = add_rms_norm(branch, residual, layer.attention_norm, eps)
+            x = self._attention(x, layer, cos, sin, step, kv[:, :, index], index)
+            x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps)
+            branch = F.linear(silu_mul(F.linear(x, layer.gate_up)), layer.down)
+        assert branch is not None
+        if len(step.sampled) == 0:  # chunks in the middle of their prompts
+            return residual.new_empty((0, self._config.vocab_size), dtype=torch.float32)
+        x, _ = add_rms_norm(branch[step.sampled], residual[step.sampled], self._weights.norm, eps)
+        return F.linear(x, self._weights.head).float()
+
+    def _attention(
+        self,
+        x: Tensor,  # [tokens, hidden]
+        layer: LayerWeights,
+        cos: Tensor,  # [tokens, head_dim / 2]
+        sin: Tensor,
+        step: StepInput,
+        kv_layer: Tensor,  # [blocks, kv heads, 2, block_size, head_dim]
+        index: int,
+    ) -> Tensor:
+        config = self._config
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, config.head_dim)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)  # [tokens, heads, head_dim]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
+            k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
+        q, k = apply_rope(q, k, cos, sin)
+        write_kv(k, v, kv_layer, step.slots)
+
+        # Every row's KV is written: a row reads its own blocks, new tokens included.
+        window, parts = config.windows[index], []
+        if step.decode is not None:
+            queries = q[: step.num_decode]
+            parts.append(
+                decode_attention(queries, kv_layer, step.decode, scale=self._scale, window=window)
+            )
+        if step.prefill is not None:
+            queries = q[step.num_decode :]
+            parts.append(
+                prefill_attention(queries, kv_layer, step.prefill, scale=self._scale, window=window)
+            )
+        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return F.linear(attended.flatten(1), layer.output)

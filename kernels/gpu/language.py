@@ -1,0 +1,48 @@
+"""What all kernels share: the typed decorator, and rounding that is right in the interpreter too.
+
+Triton's interpreter (``TRITON_INTERPRET=1``) computes bfloat16 wrongly and truncates where a GPU
+rounds. So each kernel takes ``UPCAST``: when true, what it loads becomes float32 before any
+arithmetic, and ``narrow`` rounds with integers before the type changes. It is false on a GPU.
+"""
+
+# ruff: noqa: N803 (what a kernel is compiled for is in capitals)
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+
+Pointer = Any  # of a tensor
+Scalar = Any  # an integer or a float
+Tile = Any  # a block of values in registers
+
+INTERPRETING: bool = triton.knobs.runtime.interpret
+
+
+def kernel(*, do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """``triton.jit``, typed. The named integers do not cause a compilation for a new value."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return triton.jit(function, do_not_specialize=list(do_not_specialize))
+
+    return decorate
+
+
+@kernel()
+def widen(x: Tile, UPCAST: tl.constexpr) -> Tile:
+    """``x`` as it may enter arithmetic."""
+    if UPCAST:
+        return x.to(tl.float32)
+    return x
+
+
+@kernel()
+def narrow(x: Tile, TO: tl.constexpr, UPCAST: tl.constexpr) -> Tile:
+    """A float32 tile rounded to nearest even in type ``TO``."""
+    if UPCAST and TO.is_bf16():
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(TO)

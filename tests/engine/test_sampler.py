@@ -1,0 +1,217 @@
+"""Sampling: distributions, filters with ties, penalties, independence of rows."""
+
+from __future__ import annotations
+
+import math
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from engine import sampler
+from engine.sampler import sample
+from engine.sequence import Sequence
+from protocol.sampling import SamplingParams
+
+LOGITS = [0.3, -1.0, 2.0, 0.0, 1.1, -0.4, 0.3, 1.9]
+
+
+def sequence(
+    prompt: list[int] | None = None, output: list[int] | None = None, **sampling: object
+) -> Sequence:
+    prompt, output = prompt or [0], output or []
+    params = SamplingParams(max_tokens=100, **sampling)  # type: ignore[arg-type]
+    return Sequence("request", prompt + output, len(prompt), params)
+
+
+def rows(values: list[float], count: int) -> Tensor:
+    return torch.tensor(values).repeat(count, 1)
+
+
+def chi_square(tokens: list[int], probabilities: Tensor) -> float:
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(probabilities)).double()
+    expected = probabilities.double() * len(tokens)
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    return float(((counts - expected)[possible] ** 2 / expected[possible]).sum())
+
+
+# Of a true sampler, one run in a million exceeds these (7 degrees of freedom, 3).
+CRITICAL_7, CRITICAL_3 = 40.5, 30.7
+
+
+def test_frequencies_over_seeds_are_those_of_the_softmax() -> None:
+    for temperature in (0.7, 1.0, 1.8):
+        sequences = [sequence(temperature=temperature, seed=seed) for seed in range(20_000)]
+        tokens = sample(rows(LOGITS, len(sequences)), sequences)
+        expected = (torch.tensor(LOGITS) / temperature).softmax(0)
+        assert chi_square(tokens, expected) < CRITICAL_7
+
+
+def test_frequencies_over_positions_are_those_of_the_softmax() -> None:
+    sequences = [sequence(prompt=[0] * n, seed=11) for n in range(1, 8_000)]
+    tokens = sample(rows(LOGITS, len(sequences)), sequences)
+    assert chi_square(tokens, torch.tensor(LOGITS).softmax(0)) < CRITICAL_7
+
+
+def test_frequencies_under_top_k_are_renormalised() -> None:
+    sequences = [sequence(top_k=4, seed=seed) for seed in range(20_000)]
+    logits = torch.tensor([1.5, -0.2, 0.9, 0.0, 2.0, -3.0, -1.0, -0.3])
+    expected = logits.where(logits >= 0.0, -math.inf).softmax(0)
+    tokens = sample(logits.repeat(len(sequences), 1), sequences)
+    assert chi_square(tokens, expected) < CRITICAL_3
+
+
+@pytest.fixture
+def noise_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise makes a row choose the token that is its seed, if the filters leave it."""
+
+    def noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+        return torch.nn.functional.one_hot(seeds, vocab_size) * 1e9
+
+    monkeypatch.setattr(sampler, "gumbel_noise", noise)
+
+
+def support(logits: list[float], **sampling: object) -> set[int]:
+    sequences = [sequence(seed=token, **sampling) for token in range(len(logits))]
+    chosen = sample(rows(logits, len(logits)), sequences)
+    return {token for token, choice in enumerate(chosen) if token == choice}
+
+
+def expected_support(weights: list[int], top_k: int, top_p: Fraction, min_p: Fraction) -> set[int]:
+    """By the definition, in exact arithmetic; probabilities are proportional to the weights."""
+    tokens = range(len(weights))
+    kept = [t for t in tokens if not top_k or sum(w > weights[t] for w in weights) < top_k]
+    total = sum(weights[t] for t in kept)
+
+    def more_probable(token: int) -> Fraction:
+        above = sum(weights[other] for other in kept if weights[other] > weights[token])
+        return Fraction(above, total)
+
+    kept = [t for t in kept if more_probable(t) < top_p]
+    return {t for t in kept if weights[t] >= min_p * max(weights)}
+
+
+@pytest.mark.usefixtures("noise_chooses")
+def test_filters_keep_exactly_what_their_definitions_say_ties_included() -> None:
+    rng = random.Random(5)
+    for _ in range(150):
+        weights = [rng.choice([1, 2, 3, 5, 8, 13]) for _ in range(12)]
+        top_k = rng.choice([0, 1, 3, 6, 11, 12, 40])
+        # Off every sum of weights, where float and exact arithmetic may differ.
+        top_p = rng.choice([Fraction(1), Fraction(rng.randrange(1, 100_003), 100_003)])
+        min_p = rng.choice([Fraction(0), Fraction(rng.randrange(1, 1000), 1009)])
+        found = support(
+            [math.log(weight) for weight in weights],
+            top_k=top_k,
+            top_p=float(top_p),
+            min_p=float(min_p),
+        )
+        assert found == expected_support(weights, top_k, top_p, min_p)
+
+
+@pytest.mark.usefixtures("noise_chooses")
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 0.99])
+@pytest.mark.parametrize("spread", [0.1, 4.0])
+def test_filters_agree_with_transformers_on_a_large_vocabulary(top_p: float, spread: float) -> None:
+    """A flat distribution's top-p set exceeds the candidates that are looked at first."""
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(1)) * spread
+    tokens = torch.zeros((1, 1), dtype=torch.long)
+    expected = logits.unsqueeze(0)
+    for warper in (TopKLogitsWarper(2900), TopPLogitsWarper(top_p), MinPLogitsWarper(0.01)):
+        expected = warper(tokens, expected)
+    kept = expected[0].isfinite().nonzero().squeeze(1).tolist()
+    sequences = [sequence(seed=t, top_k=2900, top_p=top_p, min_p=0.01) for t in range(3000)]
+    chosen = sample(logits.repeat(3000, 1), sequences)
+    found = {token for token, choice in enumerate(chosen) if token == choice}
+    # At the set's edge float32 and float64 may differ by a token.
+    assert len(found ^ set(kept)) <= 1
+    assert len(found) == pytest.approx(len(kept), abs=1)
+
+
+@pytest.mark.usefixtures("noise_chooses")
+def test_rows_with_and_without_filters_keep_apart() -> None:
+    settings: list[dict[str, object]] = [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}]
+    alone = [support(LOGITS, **setting) for setting in settings]
+    assert [len(kept) for kept in alone] == [8, 2, 2, 2]
+    sequences = [sequence(seed=token, **s) for s in settings for token in range(len(LOGITS))]
+    chosen = sample(rows(LOGITS, len(sequences)), sequences)
+    for index, kept in enumerate(alone):
+        part = chosen[index * len(LOGITS) : (index + 1) * len(LOGITS)]
+        assert {token for token, choice in enumerate(part) if token == choice} == kept
+
+
+def test_repetition_penalty_agrees_with_transformers() -> None:
+    logits = torch.tensor([LOGITS])
+    seen = sequence(prompt=[1, 2, 2], output=[4, 6], repetition_penalty=1.3, temperature=0.0)
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([seen.token_ids]), logits.clone())
+    sample(logits, [seen])  # greedy rows keep their adjusted logits
+    torch.testing.assert_close(logits, expected)
+
+
+def test_frequency_and_presence_count_output_tokens_only() -> None:
+    logits = torch.tensor([LOGITS])
+    params = {"frequency_penalty": 0.25, "presence_penalty": -0.5, "temperature": 0.0}
+    sample(logits, [sequence(prompt=[0, 0, 7], output=[3, 5, 3, 3], **params)])
+    expected = torch.tensor([LOGITS])
+    expected[0, 3] -= 3 * 0.25 - 0.5
+    expected[0, 5] -= 0.25 - 0.5
+    torch.testing.assert_close(logits, expected)
+
+
+def test_penalties_change_no_other_row() -> None:
+    logits = rows(LOGITS, 3)
+    penalized = sequence(output=[2, 7, 7], repetition_penalty=5.0, temperature=0.0)
+    plain = sequence(output=[2, 7, 7], temperature=0.0)
+    assert sample(logits, [plain, penalized, plain]) == [2, 4, 2]
+    assert torch.equal(logits[::2], rows(LOGITS, 2))
+
+
+def test_stop_tokens_wait_for_min_tokens() -> None:
+    params = {"temperature": 0.0, "min_tokens": 3, "stop_token_ids": (2, 7, 99_999)}
+    for generated, expected in ((0, 4), (2, 4), (3, 2)):
+        assert sample(rows(LOGITS, 1), [sequence(output=[1] * generated, **params)]) == [expected]
+
+
+def test_zero_and_tiny_temperatures_are_greedy() -> None:
+    sequences = [sequence(temperature=t, seed=3) for t in (0.0, 1e-30, 9e-6)]
+    assert sample(rows(LOGITS, 3), sequences) == [2, 2, 2]
+
+
+def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(40, 50, generator=generator)
+    sequences = [
+        sequence(
+            prompt=[0] * (1 + row % 5),
+            seed=row * 7919,
+            temperature=(0.0, 0.8, 1.5)[row % 3],
+            top_p=(1.0, 0.8)[row % 2],
+            top_k=(0, 12)[row % 7 == 0],
+        )
+        for row in range(40)
+    ]
+    alone = [sample(logits[i : i + 1].clone(), [s])[0] for i, s in enumerate(sequences)]
+    assert sample(logits.clone(), sequences) == alone
+    order = torch.randperm(40, generator=generator)
+    shuffled = sample(logits[order].clone(), [sequences[i] for i in order.tolist()])
+    assert shuffled == [alone[i] for i in order.tolist()]
+
+
+def test_all_64_bits_of_the_seed_count() -> None:
+    seeds = [5, 5 + (1 << 32), 5 + (1 << 63), (1 << 64) - 1]
+    logits = torch.zeros(1, 100_000)
+    drawn = {sample(logits.clone(), [sequence(seed=seed)])[0] for seed in seeds}
+    assert len(drawn) == len(seeds)
+
+
+def test_no_sequences_no_tokens() -> None:
+    assert sample(torch.empty(0, 8), []) == []
