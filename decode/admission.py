@@ -1,0 +1,412 @@
+"""Hand-offs from decode's side: a pure state machine, one grant per request.
+
+    PENDING ──room──> OPEN ──all blocks and the Handoff, verified──> gone (admitted)
+                        │
+                        └──Revoked, Cancelled, ReceiveFailed, expiry──> CLOSING ──Closed──> gone
+
+An event goes in, actions come out; the clock is passed in, nothing is sent or awaited here.
+Blocks are reserved before prefill computes. They are written only while the grant is OPEN, and
+given back only once the transport has confirmed (Closed) that no receive into them is left: a
+timeout alone frees nothing. Blocks that do not verify are never read: the sequence is computed
+anew from its token ids.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import assert_never
+
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence
+from protocol.errors import (
+    ContextLengthError,
+    DeadlineError,
+    OverloadedError,
+    ProtocolError,
+    WorkerLostError,
+)
+from protocol.geometry import Fingerprint
+from protocol.messages import (
+    Accepted,
+    Grant,
+    GrantRefused,
+    GrantRequest,
+    Handoff,
+    Message,
+    RequestFailed,
+    Revoke,
+)
+
+
+class GrantState(Enum):
+    """Where a grant stands; the module's docstring draws the transitions."""
+
+    PENDING = auto()
+    OPEN = auto()
+    CLOSING = auto()
+
+
+# Events ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FromPeer:
+    """A prefill worker sent a message."""
+
+    peer: bytes
+    message: GrantRequest | Handoff | Revoke
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Blocks of a grant are in place."""
+
+    grant_id: int
+    first: int
+    digests: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveFailed:
+    """A receive under the grant ended without its data."""
+
+    grant_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """No receive under the grant is left; its blocks may be reused."""
+
+    grant_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The router lost interest."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed or blocks became free."""
+
+
+Event = FromPeer | Received | ReceiveFailed | Closed | Cancelled | Tick
+
+# Actions -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Send a control message to a prefill worker."""
+
+    peer: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class OpenReceive:
+    """Let the transport write these blocks under the grant."""
+
+    grant_id: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CloseReceive:
+    """Stop the transport from writing under the grant; it answers with Closed."""
+
+    grant_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Give the sequence to the scheduler; without blocks it is computed anew."""
+
+    sequence: Sequence
+    router_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Take the sequence out of the scheduler, if it is there."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Send the router a failure."""
+
+    router_id: str
+    message: RequestFailed
+
+
+Action = Reply | OpenReceive | CloseReceive | Admit | Abandon | Report
+
+
+@dataclass(slots=True, eq=False)
+class OpenGrant:
+    """One request's reservation. ``sequence.block_table`` holds the reserved blocks."""
+
+    grant_id: int
+    peer: bytes
+    router_id: str
+    sequence: Sequence
+    deadline: float
+    expires: float
+    state: GrantState = GrantState.PENDING
+    blocks: list[int] = field(default_factory=list)  # destinations, without the cached prefix
+    digests: dict[int, int] = field(default_factory=dict)  # of received blocks, by position
+    handoff: Handoff | None = None
+
+
+class Admission:
+    """All grants of one decode worker.
+
+    ``headroom()`` is the scheduler's word on how many blocks a new grant must leave free, or None
+    when newcomers have to wait.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        fingerprint: Fingerprint,
+        epoch: int,
+        *,
+        headroom: Callable[[], int | None],
+        grant_timeout: float = 30.0,
+        max_pending: int = 1024,
+        new_grant_id: Callable[[], int] = lambda: secrets.randbelow(2**32 - 1) + 1,
+    ) -> None:
+        self._pool = pool
+        self._fingerprint = fingerprint
+        self._epoch = epoch
+        self._headroom = headroom
+        self._grant_timeout = grant_timeout
+        self._max_pending = max_pending
+        self._new_grant_id = new_grant_id
+        self._by_request: dict[str, OpenGrant] = {}  # PENDING and OPEN, oldest first
+        self._by_id: dict[int, OpenGrant] = {}  # OPEN and CLOSING
+        self.num_expired = 0
+        self.integrity_failures: dict[str, int] = {}  # by reason
+
+    @property
+    def num_open(self) -> int:
+        """Grants that are not over, the pending and closing ones included."""
+        pending = sum(g.state is GrantState.PENDING for g in self._by_request.values())
+        return pending + len(self._by_id)
+
+    @property
+    def num_quarantined_blocks(self) -> int:
+        """Blocks of ended grants that the transport has not confirmed free yet."""
+        closing = (g for g in self._by_id.values() if g.state is GrantState.CLOSING)
+        return sum(len(grant.sequence.block_table) for grant in closing)
+
+    def owned_blocks(self) -> list[list[int]]:
+        """Block lists owned here, for ``BlockPool.check_integrity``."""
+        return [grant.sequence.block_table for grant in self._by_id.values()]
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Advance by one event."""
+        match event:
+            case FromPeer():
+                return self._from_peer(event.peer, event.message, now)
+            case Received():
+                return self._received(event, now)
+            case ReceiveFailed():
+                return self._receive_failed(event)
+            case Closed():
+                return self._closed(event, now)
+            case Cancelled():
+                return [*self._drop(event.request_id), Abandon(event.request_id)]
+            case Tick():
+                return [*self._expire(now), *self._grant_pending(now)]
+            case _:
+                assert_never(event)
+
+    def _from_peer(
+        self, peer: bytes, message: GrantRequest | Handoff | Revoke, now: float
+    ) -> list[Action]:
+        match message:
+            case GrantRequest():
+                return self._requested(peer, message, now)
+            case Handoff():
+                return self._offered(peer, message)
+            case Revoke():
+                return [*self._drop(message.request_id), Abandon(message.request_id)]
+            case _:
+                assert_never(message)
+
+    # A grant's life, in order ----------------------------------------------------------------
+
+    def _requested(self, peer: bytes, request: GrantRequest, now: float) -> list[Action]:
+        refusal = self._refusal(request)
+        if refusal is not None:
+            return [Reply(peer, refusal)]
+        sequence = Sequence(
+            request.request_id, request.token_ids, len(request.token_ids), request.sampling
+        )
+        deadline = now + request.timeout
+        grant = OpenGrant(0, peer, request.router_id, sequence, deadline, expires=deadline)
+        self._by_request[request.request_id] = grant
+        return self._grant_pending(now)
+
+    def _refusal(self, request: GrantRequest) -> GrantRefused | None:
+        def refused(code: str, message: str) -> GrantRefused:
+            return GrantRefused(request_id=request.request_id, code=code, message=message)
+
+        if request.epoch != self._epoch:
+            message = f"epoch: {self._epoch} here, {request.epoch} asked for"
+            return refused(WorkerLostError.code, message)
+        difference = self._fingerprint.difference(request.fingerprint)
+        if difference is not None:
+            return refused(ProtocolError.code, f"the workers' KV does not fit: {difference}")
+        if request.request_id in self._by_request:
+            return refused(ProtocolError.code, f"request {request.request_id} has a grant already")
+        # A sequence alone in the pool must be able to reach its end.
+        needed = self._pool.blocks_for(len(request.token_ids) + request.sampling.max_tokens)
+        if needed > self._pool.num_blocks:
+            message = f"needs {needed} KV blocks, the decode pool has {self._pool.num_blocks}"
+            return refused(ContextLengthError.code, message)
+        if len(self._by_request) >= self._max_pending:
+            return refused(OverloadedError.code, f"{self._max_pending} requests wait for KV blocks")
+        return None
+
+    def _grant_pending(self, now: float) -> list[Action]:
+        """Reserve blocks for waiting requests, first come first served, while there is room."""
+        actions: list[Action] = []
+        for grant in [g for g in self._by_request.values() if g.state is GrantState.PENDING]:
+            if not self._reserve(grant):
+                break
+            grant.state = GrantState.OPEN
+            grant.grant_id = self._unused_grant_id()
+            grant.expires = min(grant.deadline, now + self._grant_timeout)
+            self._by_id[grant.grant_id] = grant
+            message = Grant(
+                request_id=grant.sequence.request_id,
+                grant_id=grant.grant_id,
+                epoch=self._epoch,
+                num_cached_tokens=grant.sequence.num_computed,
+                blocks=grant.blocks,
+                expires_in=grant.expires - now,
+            )
+            actions += [OpenReceive(grant.grant_id, grant.blocks), Reply(grant.peer, message)]
+        return actions
+
+    def _reserve(self, grant: OpenGrant) -> bool:
+        sequence, headroom = grant.sequence, self._headroom()
+        if headroom is None or not self._pool.reserve(sequence, sequence.num_tokens, headroom):
+            return False
+        grant.blocks = sequence.block_table[sequence.num_computed // self._pool.block_size :]
+        return True
+
+    def _received(self, event: Received, now: float) -> list[Action]:
+        grant = self._by_id.get(event.grant_id)
+        if grant is None or grant.state is not GrantState.OPEN:
+            return []
+        grant.digests.update(enumerate(event.digests, start=event.first))
+        grant.expires = min(grant.deadline, now + self._grant_timeout)
+        return self._admit_if_complete(grant)
+
+    def _offered(self, peer: bytes, handoff: Handoff) -> list[Action]:
+        grant = self._by_request.get(handoff.request_id)
+        if grant is None or grant.state is not GrantState.OPEN:
+            return []
+        problem = self._problem(grant, peer, handoff)
+        if problem is not None:
+            self.integrity_failures["handoff"] = self.integrity_failures.get("handoff", 0) + 1
+            return [*self._drop(handoff.request_id), self._failed(grant, *problem)]
+        grant.handoff = handoff
+        return self._admit_if_complete(grant)
+
+    def _problem(self, grant: OpenGrant, peer: bytes, handoff: Handoff) -> tuple[str, str] | None:
+        checks = (
+            ("peer", grant.peer, peer),
+            ("grant_id", grant.grant_id, handoff.grant_id),
+            ("epoch", self._epoch, handoff.epoch),
+            ("num_tokens", grant.sequence.num_prompt_tokens, handoff.num_tokens),
+            ("digests", len(grant.blocks), len(handoff.digests)),
+        )
+        for name, expected, found in checks:
+            if expected != found:
+                message = f"hand-off refused: {name} is {found!r}, expected {expected!r}"
+                return ProtocolError.code, message
+        return None
+
+    def _admit_if_complete(self, grant: OpenGrant) -> list[Action]:
+        handoff = grant.handoff
+        if handoff is None or len(grant.digests) < len(grant.blocks):
+            return []
+        sequence = grant.sequence
+        intact = all(grant.digests[i] == digest for i, digest in enumerate(handoff.digests))
+        if intact:
+            sequence.num_computed = sequence.num_prompt_tokens
+            self._pool.publish(sequence, 0)
+            grant.sequence = _without_blocks(sequence)  # the blocks now belong to the sequence
+        else:
+            self.integrity_failures["digest"] = self.integrity_failures.get("digest", 0) + 1
+            sequence = _without_blocks(sequence)  # the blocks stay with the closing grant
+        sequence.token_ids.append(handoff.first_token)
+        accepted = Accepted(request_id=sequence.request_id, grant_id=grant.grant_id)
+        return [*self._close(grant), Admit(sequence, grant.router_id), Reply(grant.peer, accepted)]
+
+    # Ends ------------------------------------------------------------------------------------
+
+    def _receive_failed(self, event: ReceiveFailed) -> list[Action]:
+        grant = self._by_id.get(event.grant_id)
+        if grant is None or grant.state is not GrantState.OPEN:
+            return []
+        failed = self._failed(grant, WorkerLostError.code, f"KV transfer failed: {event.reason}")
+        return [*self._close(grant), failed]
+
+    def _drop(self, request_id: str) -> list[Action]:
+        grant = self._by_request.get(request_id)
+        return self._close(grant) if grant else []
+
+    def _close(self, grant: OpenGrant) -> list[Action]:
+        del self._by_request[grant.sequence.request_id]
+        if grant.state is GrantState.PENDING:
+            return []
+        grant.state = GrantState.CLOSING
+        return [CloseReceive(grant.grant_id)]
+
+    def _closed(self, event: Closed, now: float) -> list[Action]:
+        grant = self._by_id.get(event.grant_id)
+        if grant is None or grant.state is not GrantState.CLOSING:
+            return []
+        del self._by_id[grant.grant_id]
+        self._pool.release_sequence(grant.sequence)
+        return self._grant_pending(now)
+
+    def _expire(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for grant in [g for g in self._by_request.values() if now >= g.expires]:
+            self.num_expired += 1
+            message = f"the hand-off did not complete in time ({grant.state.name.lower()})"
+            actions += [*self._close(grant), self._failed(grant, DeadlineError.code, message)]
+        return actions
+
+    def _failed(self, grant: OpenGrant, code: str, message: str) -> Report:
+        request_id = grant.sequence.request_id
+        failed = RequestFailed(request_id=request_id, code=code, message=message)
+        return Report(grant.router_id, failed)
+
+    def _unused_grant_id(self) -> int:
+        while (grant_id := self._new_grant_id()) in self._by_id:
+            pass
+        return grant_id
+
+
+def _without_blocks(sequence: Sequence) -> Sequence:
+    return Sequence(
+        sequence.request_id,
+        list(sequence.token_ids),
+        sequence.num_prompt_tokens,
+        sequence.sampling,
+    )

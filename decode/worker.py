@@ -1,0 +1,215 @@
+"""The decode role around an engine: grant, receive, verify, batch token generation.
+
+All state lives on the event loop; the engine's and the transfer's threads only execute. Only the
+links and the transfer are touched here: every decision is the scheduler's or the admission's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import assert_never
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from decode.admission import (
+    Abandon,
+    Action,
+    Admission,
+    Admit,
+    Cancelled,
+    Closed,
+    CloseReceive,
+    Event,
+    FromPeer,
+    OpenReceive,
+    Received,
+    ReceiveFailed,
+    Reply,
+    Report,
+    Tick,
+)
+from decode.scheduler import DecodeScheduler, NewToken
+from engine.block_pool import BlockPool
+from engine.thread import EngineThread
+from kvtransfer import events
+from kvtransfer.thread import TransferThread
+from protocol.geometry import Fingerprint
+from protocol.link import Server
+from protocol.messages import (
+    Cancel,
+    GrantRequest,
+    Handoff,
+    Message,
+    Revoke,
+    Tokens,
+    TokenUpdate,
+    WorkerLoad,
+)
+
+log = logging.getLogger(__name__)
+
+TICK = 0.2  # seconds
+
+
+class DecodeWorker:
+    """Continues sequences. ``send(router_id, message)`` reaches a router."""
+
+    def __init__(
+        self,
+        engine: EngineThread,
+        transfer: TransferThread,
+        scheduler: DecodeScheduler,
+        fingerprint: Fingerprint,
+        *,
+        epoch: int,
+        peers: Server,
+        send: Callable[[str, Message], None],
+    ) -> None:
+        self._engine = engine
+        self._transfer = transfer
+        self._scheduler = scheduler
+        self._pool: BlockPool = scheduler.pool
+        self._admission = Admission(
+            scheduler.pool, fingerprint, epoch, headroom=lambda: scheduler.headroom
+        )
+        self._peers = peers
+        self._send = send
+        self._wake = asyncio.Event()
+        self._router_by_request: dict[str, str] = {}  # of admitted sequences
+
+    def load(self) -> WorkerLoad:
+        """What the router is told."""
+        return WorkerLoad(
+            num_running=len(self._scheduler.running),
+            num_waiting=self._scheduler.num_waiting,
+            free_blocks=self._pool.num_free,
+            total_blocks=self._pool.num_blocks,
+            open_grants=self._admission.num_open,
+        )
+
+    def metrics(self) -> Iterator[Metric]:
+        """What only this role counts."""
+        admission = self._admission
+        yield CounterMetricFamily(
+            "kvferry_num_preemptions",
+            "Sequences that gave up their blocks to be recomputed",
+            value=self._scheduler.num_preemptions,
+        )
+        yield CounterMetricFamily(
+            "kvferry_kv_grants_expired",
+            "Grants that were not handed off in time",
+            value=admission.num_expired,
+        )
+        yield GaugeMetricFamily(
+            "kvferry_kv_blocks_quarantined",
+            "Blocks of ended grants that the transport has not given back yet",
+            value=admission.num_quarantined_blocks,
+        )
+        failures = CounterMetricFamily(
+            "kvferry_kv_integrity_failures",
+            "Hand-offs whose KV or terms did not verify",
+            labels=["reason"],
+        )
+        for reason, count in admission.integrity_failures.items():
+            failures.add_metric([reason], count)
+        yield failures
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._steps())
+            tasks.create_task(self._ticks())
+            tasks.create_task(self._receive_from_peers())
+
+    def from_router(self, router_id: str, message: Message) -> None:
+        """Take a router's message."""
+        match message:
+            case Cancel():
+                self._handle(Cancelled(message.request_id))
+            case _:
+                log.warning("unexpected %s from router %s", type(message).__name__, router_id)
+
+    def from_transfer(self, event: events.TransferEvent) -> None:
+        """Take an event of the transfer thread, on the event loop."""
+        match event:
+            case events.BlocksReceived():
+                self._handle(Received(event.grant_id, event.first, event.digests))
+            case events.ReceiveFailed():
+                self._handle(ReceiveFailed(event.grant_id, event.reason))
+            case events.GrantClosed():
+                self._handle(Closed(event.grant_id))
+            case _:
+                log.warning("unexpected %s from the transfer", type(event).__name__)
+
+    def check_integrity(self) -> None:
+        """Assert that every block reference has exactly one owner."""
+        self._pool.check_integrity(
+            [*self._scheduler.owned_blocks(), *self._admission.owned_blocks()]
+        )
+
+    async def _steps(self) -> None:
+        while True:
+            batch = self._scheduler.schedule()
+            if not batch.rows:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._publish(self._scheduler.commit(await self._engine.run(batch)))
+            self._handle(Tick())  # finished sequences made room for grants
+
+    def _publish(self, news: list[NewToken]) -> None:
+        by_router: defaultdict[str, list[TokenUpdate]] = defaultdict(list)
+        for new in news:
+            request_id = new.sequence.request_id
+            update = TokenUpdate(
+                request_id=request_id,
+                index=new.sequence.num_output_tokens - 1,
+                token_ids=[new.token_id],
+                finish_reason=new.finish_reason,
+            )
+            by_router[self._router_by_request[request_id]].append(update)
+            if new.finish_reason is not None:
+                del self._router_by_request[request_id]
+        for router_id, updates in by_router.items():
+            self._send(router_id, Tokens(updates=updates))
+
+    async def _ticks(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            self._handle(Tick())
+
+    async def _receive_from_peers(self) -> None:
+        while True:
+            peer, message = await self._peers.receive()
+            if isinstance(message, GrantRequest | Handoff | Revoke):
+                self._handle(FromPeer(peer, message))
+            else:
+                log.warning("unexpected %s from prefill", type(message).__name__)
+
+    def _handle(self, event: Event) -> None:
+        for action in self._admission.handle(event, time.monotonic()):
+            self._do(action)
+        self._wake.set()  # a sequence may have come, or room for a preempted one
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Reply():
+                self._peers.send(action.peer, action.message)
+            case OpenReceive():
+                self._transfer.open_grant(action.grant_id, action.blocks)
+            case CloseReceive():
+                self._transfer.close_grant(action.grant_id)
+            case Admit():
+                self._router_by_request[action.sequence.request_id] = action.router_id
+                self._scheduler.add(action.sequence)
+            case Abandon():
+                self._router_by_request.pop(action.request_id, None)
+                self._scheduler.cancel(action.request_id)
+            case Report():
+                self._send(action.router_id, action.message)
+            case _:
+                assert_never(action)

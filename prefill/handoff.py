@@ -1,0 +1,401 @@
+"""Hand-offs from prefill's side: a pure state machine, one lease per request.
+
+    QUEUED ──Ask──> ASKED ──Granted──> SHIPPING ──Computed (first token)──> DRAINING
+                                                                               │ last Shipped
+       any state ──Cancelled, Refused, ShipFailed, deadline──> gone            v
+                                                       gone <──Accepted── OFFERED
+
+An event goes in, actions come out; the clock is passed in, nothing is sent or awaited here.
+While a prompt computes the scheduler owns its blocks; from the first token on the lease does.
+Every batch of blocks under way holds references of its own, so a block is never reused while
+the transport may still read it, whatever becomes of the request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import assert_never
+
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence
+from protocol.errors import (
+    ContextLengthError,
+    DeadlineError,
+    InvalidRequestError,
+    ProtocolError,
+    WorkerLostError,
+)
+from protocol.geometry import Fingerprint
+from protocol.messages import (
+    Accepted,
+    Grant,
+    GrantRefused,
+    GrantRequest,
+    Handoff,
+    Message,
+    PeerAddress,
+    RequestFailed,
+    Revoke,
+)
+
+
+class LeaseState(Enum):
+    """Where a hand-off stands; the module's docstring draws the transitions."""
+
+    QUEUED = auto()
+    ASKED = auto()
+    SHIPPING = auto()
+    DRAINING = auto()
+    OFFERED = auto()
+
+
+# Events ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A prompt arrived from ``router_id``; decode is to continue it."""
+
+    sequence: Sequence
+    router_id: str
+    decode: PeerAddress
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The scheduler wants the grant now."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A step ended; blocks may have become full, or the prompt finished with its first token."""
+
+    request_id: str
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """The transport is done with grant positions [first, first + len(digests))."""
+
+    grant_id: int
+    first: int
+    digests: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ShipFailed:
+    """The transport gave up the batch of blocks that begins at grant position ``first``."""
+
+    grant_id: int
+    first: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The router lost interest."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+Event = (
+    Queued
+    | Ask
+    | Grant
+    | GrantRefused
+    | Computed
+    | Shipped
+    | ShipFailed
+    | Accepted
+    | Cancelled
+    | Tick
+)
+
+# Actions -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send a control message to a decode worker."""
+
+    peer: PeerAddress
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Ship:
+    """Send blocks: grant positions [first, first + len(source)) from ``source``."""
+
+    peer: PeerAddress
+    grant_id: int
+    first: int
+    source: list[int]
+    destination: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Allow:
+    """Let the scheduler finish the prompt."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Take the prompt out of the scheduler, if it is still there."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Send the router a failure."""
+
+    router_id: str
+    message: RequestFailed
+
+
+Action = Tell | Ship | Allow | Abandon | Report
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """One request's hand-off."""
+
+    sequence: Sequence
+    router_id: str
+    decode: PeerAddress
+    deadline: float
+    state: LeaseState = LeaseState.QUEUED
+    grant: Grant | None = None
+    num_shipped: int = 0  # grant positions given to the transport
+    digests: dict[int, int] = field(default_factory=dict)  # by grant position
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.sequence.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """Blocks that the transport may be reading."""
+
+    request_id: str
+    blocks: list[int]
+
+
+class Handoffs:
+    """All hand-offs of one prefill worker."""
+
+    def __init__(self, pool: BlockPool, fingerprint: Fingerprint) -> None:
+        self._pool = pool
+        self._fingerprint = fingerprint
+        self._leases: dict[str, Lease] = {}
+        self._under_way: dict[tuple[int, int], UnderWay] = {}  # by grant id and first position
+        self.num_expired = 0
+
+    @property
+    def num_open(self) -> int:
+        """Leases and transfers that are not over."""
+        return len(self._leases) + len(self._under_way)
+
+    def lease(self, request_id: str) -> Lease | None:
+        """The request's hand-off, if it is not over."""
+        return self._leases.get(request_id)
+
+    def owned_blocks(self) -> list[list[int]]:
+        """Block lists owned here, for ``BlockPool.check_integrity``."""
+        owned = (LeaseState.DRAINING, LeaseState.OFFERED)
+        leased = [x.sequence.block_table for x in self._leases.values() if x.state in owned]
+        return leased + [shipment.blocks for shipment in self._under_way.values()]
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Advance by one event."""
+        match event:
+            case Queued():
+                return self._queue(event)
+            case Tick():
+                return self._expire(now)
+            case Shipped() | ShipFailed():
+                shipment = self._under_way.pop((event.grant_id, event.first))
+                self._pool.release(shipment.blocks)
+                lease = self._leases.get(shipment.request_id)
+            case _:
+                lease = self._leases.get(event.request_id)
+        if lease is None:  # the request is over: late messages change nothing
+            return []
+        return self._advance(lease, event, now)
+
+    def _advance(
+        self,
+        lease: Lease,
+        event: Ask | Grant | GrantRefused | Computed | Shipped | ShipFailed | Accepted | Cancelled,
+        now: float,
+    ) -> list[Action]:
+        match event:
+            case Ask():
+                return self._ask(lease, now)
+            case Grant():
+                return self._granted(lease, event)
+            case GrantRefused():
+                if lease.state is not LeaseState.ASKED:
+                    return []
+                lease.state = LeaseState.QUEUED  # there is nothing to revoke
+                return self._fail(lease, event.code, event.message)
+            case Computed():
+                return self._computed(lease, finished=event.finished)
+            case Shipped():
+                return self._shipped(lease, event)
+            case ShipFailed():
+                message = f"KV transfer to {lease.decode.worker_id} failed: {event.reason}"
+                return self._fail(lease, WorkerLostError.code, message)
+            case Accepted():
+                if lease.state is LeaseState.OFFERED:
+                    self._end(lease)
+                return []
+            case Cancelled():
+                return self._drop(lease)
+            case _:
+                assert_never(event)
+
+    def _queue(self, event: Queued) -> list[Action]:
+        lease = Lease(event.sequence, event.router_id, event.decode, event.deadline)
+        assert lease.request_id not in self._leases, f"{lease.request_id} has a lease already"
+        self._leases[lease.request_id] = lease
+        needed = self._pool.blocks_for(event.sequence.num_tokens)
+        if needed == 0:
+            return self._fail(lease, InvalidRequestError.code, "the prompt is empty")
+        if needed > self._pool.num_blocks:
+            message = f"needs {needed} KV blocks, the prefill pool has {self._pool.num_blocks}"
+            return self._fail(lease, ContextLengthError.code, message)
+        # A request for one token ends in prefill: nothing will be handed off.
+        if event.sequence.sampling.max_tokens == 1:
+            return [Allow(lease.request_id)]
+        return []
+
+    def _ask(self, lease: Lease, now: float) -> list[Action]:
+        if lease.state is not LeaseState.QUEUED:
+            return []
+        lease.state = LeaseState.ASKED
+        prompt = lease.sequence.token_ids[: lease.sequence.num_prompt_tokens]
+        request = GrantRequest(
+            request_id=lease.request_id,
+            router_id=lease.router_id,
+            epoch=lease.decode.epoch,
+            token_ids=prompt,
+            sampling=lease.sequence.sampling,
+            fingerprint=self._fingerprint,
+            timeout=max(0.0, lease.deadline - now),
+        )
+        return [Tell(lease.decode, request)]
+
+    def _granted(self, lease: Lease, grant: Grant) -> list[Action]:
+        if lease.state is not LeaseState.ASKED:
+            return []
+        held = grant.num_cached_tokens // self._pool.block_size + len(grant.blocks)
+        needed = self._pool.blocks_for(lease.sequence.num_prompt_tokens)
+        # Decode workers number their grants at random, each on its own.
+        if grant.grant_id in self._grant_ids_in_use():
+            message = f"grant id {grant.grant_id} is in use by another request"
+            return self._fail(lease, ProtocolError.code, message)
+        lease.state, lease.grant = LeaseState.SHIPPING, grant
+        if held != needed:
+            message = f"the grant covers {held} blocks, the prompt has {needed}"
+            return self._fail(lease, ProtocolError.code, message)
+        return [Allow(lease.request_id), *self._ship(lease)]
+
+    def _grant_ids_in_use(self) -> set[int]:
+        leased = {lease.grant.grant_id for lease in self._leases.values() if lease.grant}
+        return leased | {grant_id for grant_id, _ in self._under_way}
+
+    def _computed(self, lease: Lease, *, finished: bool) -> list[Action]:
+        if not finished:
+            return self._ship(lease)
+        if lease.sequence.finish_reason() is not None:  # the first token is the last
+            revoke = self._revoke(lease)
+            lease.state = LeaseState.DRAINING
+            self._end(lease)
+            return revoke
+        lease.state = LeaseState.DRAINING
+        return [*self._ship(lease), *self._offer(lease)]
+
+    def _shipped(self, lease: Lease, event: Shipped) -> list[Action]:
+        lease.digests.update(enumerate(event.digests, start=event.first))
+        return self._offer(lease)
+
+    def _ship(self, lease: Lease) -> list[Action]:
+        """Send the blocks that are complete, and at the end the last, partly filled one."""
+        grant, sequence = lease.grant, lease.sequence
+        if grant is None:
+            return []
+        block_size = self._pool.block_size
+        skipped = grant.num_cached_tokens // block_size
+        done = lease.state is LeaseState.DRAINING
+        complete = len(sequence.block_table) if done else sequence.num_computed // block_size
+        first, last = lease.num_shipped, complete - skipped
+        if last <= first:
+            return []
+        source = sequence.block_table[skipped + first : skipped + last]
+        self._pool.retain(source)
+        self._under_way[grant.grant_id, first] = UnderWay(lease.request_id, source)
+        lease.num_shipped = last
+        destination = grant.blocks[first:last]
+        return [Ship(lease.decode, grant.grant_id, first, source, destination)]
+
+    def _offer(self, lease: Lease) -> list[Action]:
+        """Hand off once every block is sent and its digest known."""
+        grant = lease.grant
+        if lease.state is not LeaseState.DRAINING or grant is None:
+            return []
+        if len(lease.digests) < len(grant.blocks):
+            return []
+        lease.state = LeaseState.OFFERED
+        handoff = Handoff(
+            request_id=lease.request_id,
+            grant_id=grant.grant_id,
+            epoch=grant.epoch,
+            first_token=lease.sequence.token_ids[-1],
+            num_tokens=lease.sequence.num_prompt_tokens,
+            digests=[lease.digests[position] for position in range(len(grant.blocks))],
+        )
+        return [Tell(lease.decode, handoff)]
+
+    def _expire(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for lease in [x for x in self._leases.values() if now >= x.deadline]:
+            self.num_expired += 1
+            message = f"the request's deadline passed in prefill ({lease.state.name.lower()})"
+            actions += self._fail(lease, DeadlineError.code, message)
+        return actions
+
+    def _fail(self, lease: Lease, code: str, message: str) -> list[Action]:
+        failed = RequestFailed(request_id=lease.request_id, code=code, message=message)
+        report = Report(lease.router_id, failed)
+        return [*self._drop(lease), report]
+
+    def _drop(self, lease: Lease) -> list[Action]:
+        revoke = self._revoke(lease)
+        self._end(lease)
+        return [Abandon(lease.request_id), *revoke]
+
+    def _revoke(self, lease: Lease) -> list[Action]:
+        if lease.state is LeaseState.QUEUED:
+            return []
+        grant_id = lease.grant.grant_id if lease.grant else 0
+        return [Tell(lease.decode, Revoke(request_id=lease.request_id, grant_id=grant_id))]
+
+    def _end(self, lease: Lease) -> None:
+        del self._leases[lease.request_id]
+        if lease.state in (LeaseState.DRAINING, LeaseState.OFFERED):
+            self._pool.release_sequence(lease.sequence)

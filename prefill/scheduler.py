@@ -1,0 +1,130 @@
+"""Which prompts compute how many tokens in the next step. Pure policy: no tensor, no clock.
+
+A prompt waits until the pool has blocks for all of it, so a running one never lacks memory. The
+oldest running prompt is sure of half the budget and the others, shortest remainder first, share
+the rest: nobody starves, and a long prompt does not hold up short ones.
+
+A prompt's last ``ask_ahead`` tokens are computed only under a grant, so that prefill never
+outruns decode; ``prompts_to_offer`` names those whose grant should be asked for now.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from engine.batch import Batch, BatchRow
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence
+from engine.step import Step
+
+
+class PrefillScheduler:
+    """Queues prompts and cuts them into chunks under a token budget.
+
+    A sequence that sampled its first token leaves with its blocks: they pass to the hand-off's
+    lease.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        ask_ahead: int | None = None,
+    ) -> None:
+        self.pool = pool
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.ask_ahead = 4 * max_num_batched_tokens if ask_ahead is None else ask_ahead
+        assert self.ask_ahead > 0, "the last token must wait for its grant"
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self._granted: set[str] = set()
+        self._step = Step(pool)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens still to compute, the running prompts' included."""
+        waiting = sum(sequence.num_tokens for sequence in self.waiting)
+        return waiting + sum(s.num_tokens - s.num_computed for s in self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a prompt."""
+        self.waiting.append(sequence)
+
+    def grant(self, request_id: str) -> None:
+        """Decode has reserved room: the prompt may be finished."""
+        self._granted.add(request_id)
+
+    def prompts_to_offer(self) -> Iterator[Sequence]:
+        """Running prompts without a grant whose remainder is at most ``ask_ahead`` tokens."""
+        self._start_waiting()
+        for sequence in self.running:
+            remaining = sequence.num_tokens - sequence.num_computed
+            if sequence.request_id not in self._granted and remaining <= self.ask_ahead:
+                yield sequence
+
+    def schedule(self) -> Batch:
+        """The next step's rows; empty when nothing may run."""
+        self._start_waiting()
+        ready = [(s, n) for s in self.running if (n := self._computable(s)) > 0]
+        if not ready:
+            return self._step.begin([])
+        oldest, others = ready[0], sorted(ready[1:], key=lambda entry: entry[1])
+        budget = self.max_num_batched_tokens
+        wanted_by_others = sum(tokens for _, tokens in others)
+        half = -(-budget // 2)  # rounded up: never nothing
+        shares = {oldest[0].request_id: min(oldest[1], max(half, budget - wanted_by_others))}
+        budget -= shares[oldest[0].request_id]
+        for sequence, tokens in others:
+            shares[sequence.request_id] = min(tokens, budget)
+            budget -= shares[sequence.request_id]
+        return self._step.begin(
+            [
+                BatchRow(sequence, sequence.num_computed, share)
+                for sequence, _ in ready
+                if (share := shares[sequence.request_id]) > 0
+            ]
+        )
+
+    def commit(self, token_ids: list[int]) -> list[tuple[Sequence, int | None]]:
+        """Record the step that has run: each sequence in it and the first token it sampled.
+
+        Sequences cancelled meanwhile are left out. One that sampled has left the scheduler, the
+        token appended; its blocks now belong to the caller.
+        """
+        outcome = [(row.sequence, token_id) for row, token_id in self._step.end(token_ids)]
+        for sequence, token_id in outcome:
+            if token_id is not None:
+                self.running.remove(sequence)
+                self._granted.discard(sequence.request_id)
+        return outcome
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a prompt. One in the running step gives up its blocks when that step ends."""
+        self._granted.discard(request_id)
+        for queue in (self.waiting, self.running):
+            for sequence in queue:
+                if sequence.request_id == request_id:
+                    queue.remove(sequence)
+                    self._step.drop(sequence)
+                    return
+
+    def owned_blocks(self) -> list[list[int]]:
+        """Block lists this scheduler owns, for ``BlockPool.check_integrity``."""
+        return [s.block_table for s in self.running] + self._step.owned_blocks()
+
+    def _start_waiting(self) -> None:
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self.pool.reserve(sequence, max_cached_tokens=sequence.num_tokens - 1):
+                return
+            self.running.append(self.waiting.popleft())
+
+    def _computable(self, sequence: Sequence) -> int:
+        remaining = sequence.num_tokens - sequence.num_computed
+        if sequence.request_id in self._granted:
+            return remaining
+        return max(0, remaining - self.ask_ahead)

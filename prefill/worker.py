@@ -1,0 +1,235 @@
+"""The prefill role around an engine: queue, compute in chunks, ship, hand off.
+
+All state lives on the event loop; the engine's and the transfer's threads only execute. Only the
+links and the transfer are touched here: every decision is the scheduler's or the hand-off's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import assert_never
+
+from prometheus_client.core import CounterMetricFamily, Metric
+
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence
+from engine.thread import EngineThread
+from kvtransfer.events import BlocksSent, SendFailed, TransferEvent
+from kvtransfer.thread import TransferThread
+from prefill.handoff import (
+    Abandon,
+    Action,
+    Allow,
+    Ask,
+    Cancelled,
+    Computed,
+    Event,
+    Handoffs,
+    Queued,
+    Report,
+    Ship,
+    ShipFailed,
+    Shipped,
+    Tell,
+    Tick,
+)
+from prefill.metrics import PrefillMetrics
+from prefill.scheduler import PrefillScheduler
+from protocol.geometry import Fingerprint
+from protocol.link import Client
+from protocol.messages import (
+    Accepted,
+    Cancel,
+    FirstToken,
+    Grant,
+    GrantRefused,
+    Message,
+    PeerAddress,
+    PrefillRequest,
+    WorkerLoad,
+)
+
+log = logging.getLogger(__name__)
+
+TICK = 0.2  # seconds
+
+
+class PrefillWorker:
+    """Serves prompts. ``send(router_id, message)`` reaches a router."""
+
+    def __init__(
+        self,
+        engine: EngineThread,
+        transfer: TransferThread,
+        scheduler: PrefillScheduler,
+        fingerprint: Fingerprint,
+        *,
+        identity: str,
+        cluster_key: bytes | None,
+        send: Callable[[str, Message], None],
+        metrics: PrefillMetrics,
+    ) -> None:
+        self._engine = engine
+        self._transfer = transfer
+        self._scheduler = scheduler
+        self._pool: BlockPool = scheduler.pool
+        self._handoffs = Handoffs(scheduler.pool, fingerprint)
+        self._identity = identity
+        self._cluster_key = cluster_key
+        self._send = send
+        self._metrics = metrics
+        self._wake = asyncio.Event()
+        self._peers: dict[str, tuple[int, Client, asyncio.Task[None]]] = {}  # by worker id
+
+    def load(self) -> WorkerLoad:
+        """What the router is told."""
+        return WorkerLoad(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            waiting_tokens=self._scheduler.waiting_tokens,
+            free_blocks=self._pool.num_free,
+            total_blocks=self._pool.num_blocks,
+            open_leases=self._handoffs.num_open,
+        )
+
+    def metrics(self) -> Iterator[Metric]:
+        """What only this role counts."""
+        expired = self._handoffs.num_expired
+        yield CounterMetricFamily(
+            "kvferry_kv_leases_expired", "Hand-offs that ran into their deadline", value=expired
+        )
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._steps())
+                tasks.create_task(self._ticks())
+        finally:
+            for _, link, task in self._peers.values():
+                task.cancel()
+                link.close()
+
+    def from_router(self, router_id: str, message: Message) -> None:
+        """Take a router's message."""
+        match message:
+            case PrefillRequest() if self._handoffs.lease(message.request_id) is not None:
+                log.warning("request %s came twice, the second is ignored", message.request_id)
+            case PrefillRequest():
+                prompt = message.token_ids
+                sequence = Sequence(message.request_id, prompt, len(prompt), message.sampling)
+                deadline = time.monotonic() + message.timeout
+                self._metrics.arrived(message.request_id)
+                self._scheduler.add(sequence)
+                self._handle(Queued(sequence, router_id, message.decode, deadline))
+            case Cancel():
+                self._handle(Cancelled(message.request_id))
+            case _:
+                log.warning("unexpected %s from router", type(message).__name__)
+
+    def from_transfer(self, event: TransferEvent) -> None:
+        """Take an event of the transfer thread, on the event loop."""
+        match event:
+            case BlocksSent():
+                self._metrics.shipped(event.grant_id, event.first)
+                self._handle(Shipped(event.grant_id, event.first, event.digests))
+            case SendFailed():
+                self._metrics.shipped(event.grant_id, event.first)
+                self._handle(ShipFailed(event.grant_id, event.first, event.reason))
+            case _:
+                log.warning("unexpected %s from the transfer", type(event).__name__)
+
+    def check_integrity(self) -> None:
+        """Assert that every block reference has exactly one owner."""
+        self._pool.check_integrity(
+            [*self._scheduler.owned_blocks(), *self._handoffs.owned_blocks()]
+        )
+
+    async def _steps(self) -> None:
+        while True:
+            for sequence in list(self._scheduler.prompts_to_offer()):
+                self._handle(Ask(sequence.request_id))
+            batch = self._scheduler.schedule()
+            if not batch.rows:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            for row in batch.rows:
+                self._metrics.started(row.sequence.request_id)
+            self._commit(await self._engine.run(batch))
+
+    def _commit(self, token_ids: list[int]) -> None:
+        for sequence, token_id in self._scheduler.commit(token_ids):
+            request_id = sequence.request_id
+            lease = self._handoffs.lease(request_id)
+            assert lease is not None, f"{request_id} was computed without a lease"
+            if token_id is not None:
+                self._metrics.first_token(request_id)
+                reason = sequence.finish_reason()
+                first = FirstToken(
+                    request_id=request_id,
+                    token_id=token_id,
+                    finish_reason=reason,
+                    num_cached_tokens=sequence.num_cached,
+                )
+                self._send(lease.router_id, first)
+            self._handle(Computed(request_id, finished=token_id is not None))
+
+    async def _ticks(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            self._handle(Tick())
+
+    def _handle(self, event: Event) -> None:
+        for action in self._handoffs.handle(event, time.monotonic()):
+            self._do(action)
+        self._wake.set()
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Tell():
+                self._peer(action.peer).send(action.message)
+            case Ship():
+                self._metrics.shipping(action.grant_id, action.first)
+                self._transfer.send_blocks(
+                    action.peer.data,
+                    action.grant_id,
+                    action.first,
+                    action.source,
+                    action.destination,
+                )
+            case Allow():
+                self._scheduler.grant(action.request_id)
+            case Abandon():
+                self._metrics.abandoned(action.request_id)
+                self._scheduler.cancel(action.request_id)
+            case Report():
+                self._send(action.router_id, action.message)
+            case _:
+                assert_never(action)
+
+    # Decode workers --------------------------------------------------------------------------
+
+    def _peer(self, address: PeerAddress) -> Client:
+        known = self._peers.get(address.worker_id)
+        if known is not None:
+            epoch, link, task = known
+            if epoch == address.epoch:
+                return link
+            task.cancel()  # a former incarnation
+            link.close()
+        link = Client(address.control, self._identity, self._cluster_key)
+        task = asyncio.create_task(self._receive_from_peer(link))
+        self._peers[address.worker_id] = (address.epoch, link, task)
+        return link
+
+    async def _receive_from_peer(self, link: Client) -> None:
+        while True:
+            message = await link.receive()
+            if isinstance(message, Grant | GrantRefused | Accepted):
+                self._handle(message)
+            else:
+                log.warning("unexpected %s from decode", type(message).__name__)

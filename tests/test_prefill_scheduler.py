@@ -1,0 +1,245 @@
+"""The prefill scheduler under a model that can be computed by hand; audited after every step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.batch import Batch
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence
+from prefill.scheduler import PrefillScheduler
+from protocol.sampling import SamplingParams
+from tests.fake_model import Memory, generate
+
+BLOCK_SIZE = 4
+SAMPLING = SamplingParams(max_tokens=5)
+
+
+class Worker:
+    """A scheduler, its pool and an engine. Finished sequences keep their blocks in ``finished``."""
+
+    def __init__(
+        self, num_blocks: int = 64, budget: int = 8, max_num_seqs: int = 8, ask_ahead: int = 4
+    ) -> None:
+        self.pool = BlockPool(num_blocks, BLOCK_SIZE)
+        self.memory = Memory(num_blocks, BLOCK_SIZE)
+        self.scheduler = PrefillScheduler(
+            self.pool,
+            max_num_batched_tokens=budget,
+            max_num_seqs=max_num_seqs,
+            ask_ahead=ask_ahead,
+        )
+        self.finished: dict[str, Sequence] = {}
+        self.computed: defaultdict[str, list[int]] = defaultdict(list)  # positions, in order
+        self.granted: set[str] = set()
+
+    def add(self, request_id: str, prompt: list[int], grant: bool = True) -> Sequence:
+        sequence = Sequence(request_id, list(prompt), len(prompt), SAMPLING)
+        self.scheduler.add(sequence)
+        if grant:
+            self.grant(request_id)
+        return sequence
+
+    def grant(self, request_id: str) -> None:
+        self.granted.add(request_id)
+        self.scheduler.grant(request_id)
+
+    def schedule(self) -> Batch:
+        batch = self.scheduler.schedule()
+        assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert len(batch.rows) <= self.scheduler.max_num_seqs
+        for row in batch.rows:
+            assert row.num_tokens > 0
+            if row.sequence.request_id not in self.granted:
+                assert row.sequence.num_tokens - row.end >= self.scheduler.ask_ahead
+        self.check()
+        return batch
+
+    def commit(self, batch: Batch) -> None:
+        sampled = self.memory.run(batch)
+        for row in batch.rows:
+            self.computed[row.sequence.request_id] += range(row.start, row.end)
+        for sequence, token_id in self.scheduler.commit(sampled):
+            if token_id is not None:
+                assert sequence.token_ids[-1] == token_id
+                self.finished[sequence.request_id] = sequence
+        self.check()
+
+    def step(self) -> Batch:
+        batch = self.schedule()
+        self.commit(batch)
+        return batch
+
+    def release_finished(self) -> None:
+        for sequence in self.finished.values():
+            if sequence.block_table:
+                self.pool.release_sequence(sequence)
+
+    def check(self) -> None:
+        finished = [sequence.block_table for sequence in self.finished.values()]
+        self.pool.check_integrity([*self.scheduler.owned_blocks(), *finished])
+
+
+def expected(prompt: list[int]) -> int:
+    return generate(prompt, SAMPLING)[0]
+
+
+prompts = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(1, 30)).map(lambda x: [x[0]] * x[1]),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prompts=prompts,
+    budget=st.integers(1, 20),
+    max_num_seqs=st.integers(1, 4),
+    ask_ahead=st.integers(1, 40),
+    num_blocks=st.integers(8, 30),
+    seed=st.integers(0, 2**16),
+)
+def test_every_prompt_token_is_computed_once_in_order_within_the_budget(
+    prompts: list[list[int]],
+    budget: int,
+    max_num_seqs: int,
+    ask_ahead: int,
+    num_blocks: int,
+    seed: int,
+) -> None:
+    random = Random(seed)
+    worker = Worker(num_blocks, budget, max_num_seqs, ask_ahead)
+    sequences = [worker.add(str(i), prompt, grant=False) for i, prompt in enumerate(prompts)]
+    offered: set[str] = set()
+    for _ in range(500):
+        for sequence in list(worker.scheduler.prompts_to_offer()):
+            assert sequence.request_id not in worker.granted
+            assert sequence.num_tokens - sequence.num_computed <= ask_ahead
+            offered.add(sequence.request_id)
+        for request_id in sorted(offered - worker.granted):  # decode takes its time
+            if random.random() < 0.5:
+                worker.grant(request_id)
+        worker.step()
+        if random.random() < 0.5:  # so do hand-offs
+            worker.release_finished()
+        if len(worker.finished) == len(prompts):
+            break
+    worker.release_finished()
+    worker.pool.check_integrity([])
+    assert worker.scheduler.waiting_tokens == 0
+    assert not worker.scheduler._granted
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        assert sequence.token_ids == [*prompt, expected(prompt)]
+        assert worker.computed[sequence.request_id] == [*range(sequence.num_cached, len(prompt))]
+
+
+@pytest.mark.parametrize("inside_step", [False, True])
+def test_cancel_at_every_step_of_every_sequence(inside_step: bool) -> None:
+    prompts = {"a": [1] * 19, "b": [2] * 8, "c": [1] * 13, "d": [4] * 3}
+    for cancelled in prompts:
+        for cancel_at in range(12):
+            worker = Worker(num_blocks=9, budget=6, max_num_seqs=3)
+            for request_id, prompt in prompts.items():
+                worker.add(request_id, prompt)
+            for index in range(40):
+                batch = worker.schedule() if inside_step else None
+                if index == cancel_at:
+                    worker.scheduler.cancel(cancelled)
+                    worker.scheduler.cancel(cancelled)
+                    worker.check()
+                worker.commit(batch or worker.schedule())
+                worker.release_finished()
+            for request_id in prompts.keys() - {cancelled}:
+                assert worker.finished[request_id].token_ids[-1] == expected(prompts[request_id])
+            assert worker.pool.num_used == 0
+            assert not worker.scheduler._granted
+            assert not worker.scheduler.running
+
+
+def test_a_cancelled_sequences_blocks_are_fenced_until_its_step_ends() -> None:
+    worker = Worker(num_blocks=2)
+    worker.add("a", [1] * 8)
+    batch = worker.schedule()
+    worker.scheduler.cancel("a")
+    worker.add("b", [2] * 8)
+    assert list(worker.scheduler.prompts_to_offer()) == []
+    assert not worker.scheduler.running  # b cannot have a's blocks yet
+    worker.commit(batch)
+    assert worker.pool.num_used == 0
+    worker.step()
+    assert worker.finished["b"].token_ids[-1] == expected([2] * 8)
+
+
+def test_a_request_id_may_come_again_while_its_cancelled_namesake_is_in_the_step() -> None:
+    worker = Worker()
+    worker.add("a", [1] * 8)
+    batch = worker.schedule()
+    worker.scheduler.cancel("a")
+    again = worker.add("a", [2] * 4)
+    worker.commit(batch)
+    assert "a" not in worker.finished
+    worker.step()
+    assert worker.finished["a"] is again
+    assert again.token_ids[-1] == expected([2] * 4)
+
+
+def test_a_long_prompt_does_not_hold_up_short_ones() -> None:
+    worker = Worker(num_blocks=400, budget=8)
+    worker.add("long", [1] * 1000)
+    for step in range(20):
+        worker.add(f"short {step}", [2 + step] * 4)
+        worker.step()
+        assert f"short {step}" in worker.finished
+    worker.release_finished()
+
+
+@pytest.mark.parametrize("budget", [1, 2, 8])
+def test_short_prompts_do_not_hold_up_a_long_one(budget: int) -> None:
+    worker = Worker(num_blocks=400, budget=budget)
+    worker.add("long", [1] * 100)
+    for step in range(1000):
+        worker.add(f"short {step}", [2 + step] * budget)  # enough to fill every budget
+        worker.step()
+        worker.release_finished()
+        if "long" in worker.finished:
+            break
+    assert step <= 100 // -(-budget // 2) + 1
+
+
+def test_without_a_grant_nothing_near_the_end_is_computed_and_others_go_on() -> None:
+    worker = Worker(budget=8, ask_ahead=4)
+    stuck = worker.add("stuck", [1] * 20, grant=False)
+    worker.add("other", [2] * 20)
+    for _ in range(10):
+        worker.step()
+    assert stuck.num_computed == 16
+    assert "other" in worker.finished
+    assert not worker.scheduler.schedule().rows
+    assert list(worker.scheduler.prompts_to_offer()) == [stuck]
+    worker.grant("stuck")
+    assert list(worker.scheduler.prompts_to_offer()) == []
+    worker.scheduler.commit([])
+    worker.step()
+    assert "stuck" in worker.finished
+
+
+def test_at_least_one_token_is_computed_even_if_all_are_cached() -> None:
+    worker = Worker()
+    worker.add("a", [1] * 8)
+    worker.step()
+    worker.release_finished()
+    again = worker.add("b", [1] * 8)
+    worker.step()
+    assert again.num_cached == 4
+    assert again.token_ids[-1] == expected([1] * 8)
+
+
+def test_a_budget_that_asks_for_no_grant_is_a_mistake() -> None:
+    with pytest.raises(AssertionError):
+        Worker(ask_ahead=0)
