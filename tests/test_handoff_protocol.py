@@ -344,6 +344,18 @@ def test_two_decode_workers_may_pick_the_same_grant_id() -> None:
     pool.check_integrity([sequence.block_table for sequence in sequences])
 
 
+@pytest.mark.parametrize("by_router", [True, False])
+def test_cancel_and_revoke_stop_a_sequence_that_decode_is_running(by_router: bool) -> None:
+    simulation = simulate()
+    simulation.submit(PROMPT, SamplingParams(max_tokens=100))
+    while not simulation.decode.running:
+        simulation.step()
+    revoke = adm.FromPeer(b"prefill", Revoke(request_id="r0", grant_id=1))
+    simulation.to_decode(adm.Cancelled("r0") if by_router else revoke)
+    assert not simulation.decode.running
+    simulation.check()
+
+
 def test_a_block_is_free_only_when_the_transport_says_so() -> None:
     simulation, grant_id = granted()
     simulation.to_decode(adm.Cancelled("r0"))

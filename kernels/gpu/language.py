@@ -14,9 +14,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-Pointer = Any  # of a tensor
-Scalar = Any  # an integer or a float
-Tile = Any  # a block of values in registers
+# A kernel may only name what is Triton's own, in annotations too.
+Pointer = tl.tensor  # of a tensor's first element
+Scalar = tl.tensor  # an integer or a float
+Tile = tl.tensor  # a block of values in registers
 
 INTERPRETING: bool = triton.knobs.runtime.interpret
 
@@ -31,7 +32,7 @@ def kernel(*, do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., 
 
 
 @kernel()
-def widen(x: Tile, UPCAST: tl.constexpr) -> Tile:
+def widen(x: tl.tensor, UPCAST: tl.constexpr) -> tl.tensor:
     """``x`` as it may enter arithmetic."""
     if UPCAST:
         return x.to(tl.float32)
@@ -39,7 +40,7 @@ def widen(x: Tile, UPCAST: tl.constexpr) -> Tile:
 
 
 @kernel()
-def narrow(x: Tile, TO: tl.constexpr, UPCAST: tl.constexpr) -> Tile:
+def narrow(x: tl.tensor, TO: tl.constexpr, UPCAST: tl.constexpr) -> tl.tensor:
     """A float32 tile rounded to nearest even in type ``TO``."""
     if UPCAST and TO.is_bf16():
         bits = x.to(tl.int32, bitcast=True)

@@ -1,0 +1,162 @@
+"""Where an idle request's time goes, on this machine, through the whole path.
+
+    python bench/latency.py --requests 50
+
+Starts a router, one prefill and one decode worker as ``kvferry serve`` does, sends prompts of a
+fixed length one after the other, and takes the client's times against the workers' own step
+times: hand-off overhead is the client's time to first token less the prefill steps' time, and
+the delay added to a streamed token is the client's interval less the decode step's time.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tests.stack import free_port, scrape
+
+RESULTS = Path(__file__).parent / "results"
+STEP_SUM, STEP_COUNT = "kvferry_engine_step_seconds_sum", "kvferry_engine_step_seconds_count"
+
+
+def main(
+    model: Annotated[str, typer.Option(help="What to serve.")] = "demo",
+    requests: Annotated[int, typer.Option(help="Measured requests.", min=5)] = 50,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 256,
+    output_tokens: Annotated[int, typer.Option(help="Tokens generated for each.", min=2)] = 64,
+) -> None:
+    """Print the figures and write them to bench/results/latency.json."""
+    port = free_port()
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "cli.main", "serve", "--port", str(port), "--model", model]
+    serve = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url)
+        start_up = time.perf_counter() - started
+        figures = {"start_up_s": start_up, **measure(url, requests, prompt_tokens, output_tokens)}
+        figures["resident_mib"] = resident(serve.pid)
+    finally:
+        serve.terminate()
+        serve.wait()
+    show(figures)
+    RESULTS.mkdir(exist_ok=True)
+    machine = {"python": platform.python_version(), "torch": torch.__version__}
+    settings = {"model": model, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+    machine |= {"cores": str(psutil.cpu_count()), "kernel": platform.release()}
+    record = {"machine": machine, "settings": settings, "figures": figures}
+    (RESULTS / "latency.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def wait_until_ready(url: str) -> None:
+    """Poll until both pools serve."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.02)
+    raise SystemExit("the deployment did not get ready in two minutes")
+
+
+def measure(url: str, requests: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+    """Send the requests and compare the client's times with the workers'."""
+    pages = {w["role"]: w["metrics"] for w in httpx.get(f"{url}/admin/workers").json()["workers"]}
+    model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+    rng = random.Random(1)
+    rows: list[dict[str, float]] = []
+    with httpx.Client(timeout=60) as client:
+        for number in track(range(requests + 3), description="requests"):
+            prompt = [rng.randrange(300, 3000) for _ in range(prompt_tokens)]
+            before = {role: scrape(page) for role, page in pages.items()}
+            body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "stream": True}
+            body |= {"ignore_eos": True, "temperature": 0}
+            arrivals = stream(client, f"{url}/v1/completions", body)
+            time.sleep(0.05)  # the hand-off's last messages
+            after = {role: scrape(page) for role, page in pages.items()}
+            if number >= 3:  # the first ones warm up
+                rows.append(compare(arrivals, before, after))
+    return {name: summary([row[name] for row in rows]) for name in rows[0]}
+
+
+def stream(client: httpx.Client, url: str, body: dict[str, Any]) -> list[float]:
+    """Seconds from sending the request to each event that carries text or ends the answer."""
+    sent = time.perf_counter()
+    arrivals = []
+    with client.stream("POST", url, json=body) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                arrivals.append(time.perf_counter() - sent)
+    return arrivals
+
+
+def compare(
+    arrivals: list[float], before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]
+) -> dict[str, float]:
+    """One request's figures, in milliseconds."""
+
+    def grown(role: str, name: str) -> float:
+        return after[role][name] - before[role][name]
+
+    prefill = grown("prefill", STEP_SUM)
+    step = grown("decode", STEP_SUM) / grown("decode", STEP_COUNT)
+    interval = (arrivals[-1] - arrivals[1]) / grown("decode", STEP_COUNT)
+    parts = {
+        "time_to_first_token": arrivals[0],
+        "prefill_compute": prefill,
+        "handoff_overhead": arrivals[0] - prefill,
+        "prefill_queue_and_grant": grown("prefill", "kvferry_request_queue_time_seconds_sum"),
+        "kv_transfer": grown("prefill", "kvferry_kv_transfer_seconds_sum"),
+        "inter_token_latency": interval,
+        "decode_step": step,
+        "added_per_token": interval - step,
+    }
+    return {f"{name}_ms": value * 1e3 for name, value in parts.items()}
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and 90th percentile."""
+    return {"p50": statistics.median(values), "p90": statistics.quantiles(values, n=10)[8]}
+
+
+def resident(pid: int) -> dict[str, float]:
+    """Resident memory of each process of the deployment, in MiB."""
+    sizes: dict[str, float] = {}
+    for process in psutil.Process(pid).children(recursive=True):
+        words = process.cmdline()
+        name = words[words.index("--worker-id") + 1] if "--worker-id" in words else "router"
+        sizes[name] = process.memory_info().rss / 2**20
+    return sizes
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures as a table."""
+    table = Table("figure", "p50", "p90")
+    for name, value in figures.items():
+        if isinstance(value, dict) and "p50" in value:
+            table.add_row(name, f"{value['p50']:.2f}", f"{value['p90']:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"start-up {figures['start_up_s']:.1f} s; resident MiB {figures['resident_mib']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""The ``kvferry`` command: the processes' entry points and the local launcher."""

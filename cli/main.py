@@ -1,0 +1,256 @@
+"""The command line: reads options once into one frozen config and starts the process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import zmq.asyncio
+from prometheus_client import disable_created_metrics
+from rich.console import Console
+
+from cli.options import (
+    ApiKey,
+    BlockSize,
+    ClusterKey,
+    Device,
+    Dtype,
+    Format,
+    GpuUtilization,
+    Host,
+    KVCacheMemory,
+    MaxBatchedTokens,
+    MaxModelLen,
+    MaxNumRequests,
+    MaxNumSeqs,
+    Model,
+    NumKVBlocks,
+    Port,
+    RequestTimeout,
+    RequireTransport,
+    ServedName,
+)
+from protocol.errors import ConfigError, KvferryError
+from protocol.messages import Role
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve large language models with prefill and decode in two separate pools.",
+)
+
+
+@app.command()
+def serve(
+    model: Model = "demo",
+    prefill: Annotated[int, typer.Option(help="Prefill workers.", min=1)] = 1,
+    decode: Annotated[int, typer.Option(help="Decode workers.", min=1)] = 1,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    served_model_name: ServedName = None,
+    api_key: ApiKey = None,
+    request_timeout: RequestTimeout = 600.0,
+    max_num_requests: MaxNumRequests = 1024,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    load_format: Format = "auto",
+    max_model_len: MaxModelLen = None,
+    block_size: BlockSize = None,
+    num_kv_blocks: NumKVBlocks = None,
+    kv_cache_memory: KVCacheMemory = 1.0,
+    gpu_memory_utilization: GpuUtilization = 0.9,
+    max_num_batched_tokens: MaxBatchedTokens = 512,
+    max_num_seqs: MaxNumSeqs = 64,
+    require_transport: RequireTransport = None,
+) -> None:
+    """Run a router and its workers as separate processes on this host."""
+    from cli.serve import ServeConfig, serve
+
+    if api_key:
+        os.environ["KVFERRY_API_KEY"] = api_key  # not on the router's command line
+    name = served_model_name or _default_name(model)
+    config = ServeConfig(
+        model=_checkpoint(model),
+        num_prefill=prefill,
+        num_decode=decode,
+        host=host,
+        port=port,
+        api_key=api_key,
+        router_args=_arguments(
+            served_model_name=name,
+            request_timeout=request_timeout,
+            max_num_requests=max_num_requests,
+        ),
+        worker_args=_arguments(
+            device=device,
+            dtype=dtype,
+            load_format=load_format,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_kv_blocks=num_kv_blocks,
+            kv_cache_memory=kv_cache_memory,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            require_transport=require_transport,
+        ),
+    )
+    _run(serve(config, Console()))
+
+
+@app.command()
+def router(
+    model: Model = "demo",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    control: Annotated[
+        str, typer.Option(help="Endpoint for the workers: tcp://HOST:PORT or ipc://PATH.")
+    ] = "tcp://127.0.0.1:8100",
+    served_model_name: ServedName = None,
+    api_key: ApiKey = None,
+    request_timeout: RequestTimeout = 600.0,
+    max_num_requests: MaxNumRequests = 1024,
+    cluster_key_file: ClusterKey = None,
+) -> None:
+    """Run the router alone. Needs the model's tokenizer, not its weights."""
+    from cli.router import RouterConfig, serve_router
+
+    config = RouterConfig(
+        model=_checkpoint(model),
+        served_model_name=served_model_name or _default_name(model),
+        host=host,
+        port=port,
+        control=control,
+        cluster_key_file=cluster_key_file,
+        api_key=api_key,
+        request_timeout=request_timeout,
+        max_num_requests=max_num_requests,
+    )
+    _run(serve_router(config))
+
+
+@app.command()
+def worker(
+    role: Annotated[Role, typer.Option(help="The pool to join.")],
+    router: Annotated[
+        list[str], typer.Option(help="A router's --control endpoint; may be given repeatedly.")
+    ],
+    model: Model = "demo",
+    worker_id: Annotated[str | None, typer.Option(help="Default: host name and pid.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="This host's address for other workers. Default: found.")
+    ] = None,
+    metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0: any free one.")] = 0,
+    cluster_key_file: ClusterKey = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    load_format: Format = "auto",
+    max_model_len: MaxModelLen = None,
+    block_size: BlockSize = None,
+    num_kv_blocks: NumKVBlocks = None,
+    kv_cache_memory: KVCacheMemory = 1.0,
+    gpu_memory_utilization: GpuUtilization = 0.9,
+    max_num_batched_tokens: MaxBatchedTokens = 512,
+    max_num_seqs: MaxNumSeqs = 64,
+    require_transport: RequireTransport = None,
+) -> None:
+    """Run one worker of either pool."""
+    from cli.worker import WorkerConfig, serve_worker
+    from engine.engine import EngineConfig
+
+    config = WorkerConfig(
+        role=role,
+        routers=tuple(router),
+        worker_id=worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}",
+        host=host,
+        metrics_port=metrics_port,
+        cluster_key_file=cluster_key_file,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        require_transport=require_transport,
+        engine=EngineConfig(
+            model=_checkpoint(model),
+            device=device,
+            dtype=dtype,
+            load_format=load_format,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_blocks=num_kv_blocks,
+            kv_cache_memory=kv_cache_memory,
+            gpu_memory_utilization=gpu_memory_utilization,
+        ),
+    )
+    _run(serve_worker(config))
+
+
+@app.command()
+def keygen(path: Annotated[Path, typer.Argument(help="The new file.")]) -> None:
+    """Make a key for the links of a cluster; copy the file to every host of it."""
+    from protocol.link import write_cluster_key
+
+    try:
+        write_cluster_key(path)
+    except ConfigError as error:
+        _exit(error)
+
+
+def main() -> None:
+    """The ``kvferry`` command."""
+    logging.basicConfig(
+        level=os.environ.get("KVFERRY_LOG_LEVEL", "INFO").upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    app()
+
+
+def _run(process: Coroutine[Any, Any, None]) -> None:
+    disable_created_metrics()
+    try:
+        asyncio.run(process)
+    except* KvferryError as group:
+        _exit(next(iter(_leaves(group))))
+    finally:
+        zmq.asyncio.Context.instance().term()  # removes the sockets' files
+
+
+def _leaves(group: BaseExceptionGroup[KvferryError]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        yield from _leaves(error) if isinstance(error, BaseExceptionGroup) else (error,)
+
+
+def _exit(error: BaseException) -> None:
+    sys.stderr.write(f"error: {error}\n")
+    raise typer.Exit(1)
+
+
+def _default_name(model: str) -> str:
+    return "kvferry-demo" if model == "demo" else model
+
+
+def _checkpoint(model: str) -> str:
+    return str(DEMO_MODEL) if model == "demo" else model
+
+
+def _arguments(**options: object) -> list[str]:
+    """Options as command line arguments; those that are None keep their default."""
+    return [
+        word
+        for name, value in options.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Options that several commands share, each with its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[
+    str, typer.Option(help="A local directory, a hub id, or demo: the bundled model.")
+]
+Host = Annotated[str, typer.Option(help="Address for HTTP.")]
+Port = Annotated[int, typer.Option(help="Port for HTTP.", min=1, max=65535)]
+ServedName = Annotated[
+    str | None, typer.Option(help="The model's name in the API. Default: --model.")
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="KVFERRY_API_KEY", help="Clients must send it as a bearer token."),
+]
+RequestTimeout = Annotated[float, typer.Option(help="Seconds a request may take.", min=1)]
+MaxNumRequests = Annotated[
+    int, typer.Option(help="Requests in flight before the router answers 429.", min=1)
+]
+ClusterKey = Annotated[
+    Path | None,
+    typer.Option(help="File with the cluster's key, for links between hosts (kvferry keygen)."),
+]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Type of weights and KV.")
+]
+Format = Annotated[
+    Literal["auto", "dummy"], typer.Option(help="dummy: seeded random weights from the config.")
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Longest prompt plus output, in tokens. Default: the model's.")
+]
+BlockSize = Annotated[
+    int | None, typer.Option(help="Tokens in a KV block. Default: 64 on CUDA, 16 on a CPU.")
+]
+NumKVBlocks = Annotated[
+    int | None, typer.Option(help="KV blocks of a worker; overrides the memory options.")
+]
+KVCacheMemory = Annotated[float, typer.Option(help="KV memory of a CPU worker, in GiB.")]
+GpuUtilization = Annotated[
+    float, typer.Option("--gpu-memory-utilization", help="Share of a GPU's memory to use.")
+]
+MaxBatchedTokens = Annotated[
+    int, typer.Option(help="Prompt tokens a worker computes in one step.", min=1)
+]
+MaxNumSeqs = Annotated[int, typer.Option(help="Sequences in a worker's running batch.", min=1)]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
+RequireTransport = Annotated[
+    str | None,
+    typer.Option(help="Refuse to start on another UCX transport, for example rc_mlx5."),
+]

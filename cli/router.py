@@ -1,0 +1,75 @@
+"""The router process: HTTP in front, the workers' link behind."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from cli.addresses import is_local
+from engine.checkpoint import resolve_checkpoint
+from protocol.errors import ConfigError
+from protocol.link import Server, read_cluster_key
+from router.app import RouterSettings, create_app
+from router.dispatch import Dispatcher
+from router.text import TextModel
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Everything a router is told at start."""
+
+    model: str
+    served_model_name: str | None
+    host: str
+    port: int
+    control: str  # ZMQ endpoint for the workers
+    cluster_key_file: Path | None = None
+    api_key: str | None = None
+    request_timeout: float = 600.0  # seconds
+    max_num_requests: int = 1024
+
+
+async def serve_router(config: RouterConfig) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError when it cannot start."""
+    if config.cluster_key_file is None and not is_local(config.control):
+        raise ConfigError(
+            f"--control {config.control} is reachable from other hosts: give --cluster-key-file "
+            "(make one with `kvferry keygen FILE`)"
+        )
+    key = read_cluster_key(config.cluster_key_file) if config.cluster_key_file else None
+    text = TextModel.load(resolve_checkpoint(config.model, weights=False))
+    listening = _listen(config.host, config.port)
+    link = Server(config.control, key)
+    dispatcher = Dispatcher(
+        link,
+        request_timeout=config.request_timeout,
+        max_num_requests=config.max_num_requests,
+    )
+    settings = RouterSettings(
+        served_model_name=config.served_model_name or config.model, api_key=config.api_key
+    )
+    app = create_app(settings, text, dispatcher, CollectorRegistry())
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
+    )
+    events = asyncio.create_task(dispatcher.run())
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        done, _ = await asyncio.wait({events, serving}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        events.cancel()
+        link.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=1024, reuse_port=False)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error

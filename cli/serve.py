@@ -1,0 +1,231 @@
+"""``kvferry serve``: a router and its workers as separate processes on this host.
+
+Owns the children and a private directory for their sockets. Every child ends with this process,
+whatever ends it; the directory is removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import ipaddress
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import urllib.request
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from protocol.errors import ConfigError
+
+PR_SET_PDEATHSIG = 1
+STOP_TIMEOUT = 10.0  # seconds until a child that was asked to stop is killed
+START_TIMEOUT = 600.0  # seconds; loading a large model from a slow disk takes a while
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """The local deployment. ``router_args`` and ``worker_args`` are passed on as they are."""
+
+    model: str
+    num_prefill: int
+    num_decode: int
+    host: str
+    port: int
+    api_key: str | None
+    router_args: Sequence[str] = ()
+    worker_args: Sequence[str] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Child:
+    """One process and the last lines it said."""
+
+    name: str
+    process: asyncio.subprocess.Process
+    said: deque[str] = field(default_factory=lambda: deque(maxlen=20))
+
+    def reason(self) -> str:
+        """Why it ended, in one line."""
+        code = self.process.returncode
+        assert code is not None
+        if code < 0:
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+            return f"{self.name} was killed by {signal.Signals(-code).name}{hint}"
+        said = next((line for line in reversed(self.said) if line.strip()), "it said nothing")
+        return f"{self.name} ended with status {code}: {said}"
+
+
+async def serve(config: ServeConfig, console: Console) -> None:
+    """Run until SIGINT or SIGTERM. Raises ConfigError when a process ends before all serve."""
+    directory = Path(tempfile.mkdtemp(prefix="kvferry-"))
+    children: list[Child] = []
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with asyncio.TaskGroup() as tasks:
+        try:
+            control = f"ipc://{directory}/router.sock"
+            for name, arguments in _commands(config, control):
+                child = await _start(name, arguments, _environment(config))
+                children.append(child)
+                tasks.create_task(_relay(child))
+            stopping = asyncio.create_task(stop.wait())
+            starting = asyncio.create_task(_wait_until_ready(config, children))
+            await asyncio.wait({stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
+            if not stop.is_set():
+                starting.result()
+                _print_state(config, console)
+                await _watch(children, stopping, console)
+            starting.cancel()
+            stopping.cancel()
+        finally:
+            await _stop(children)
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _commands(config: ServeConfig, control: str) -> list[tuple[str, list[str]]]:
+    router = ["router", "--model", config.model, "--control", control]
+    router += ["--host", config.host, "--port", str(config.port), *config.router_args]
+    commands = [("router", router)]
+    for role, count in (("prefill", config.num_prefill), ("decode", config.num_decode)):
+        for index in range(count):
+            name = f"{role}-{index}"
+            worker = ["worker", "--model", config.model, "--role", role, "--router", control]
+            commands.append((name, [*worker, "--worker-id", name, *config.worker_args]))
+    return commands
+
+
+def _environment(config: ServeConfig) -> dict[str, str]:
+    """Share the cores out: workers that each take all of them only get in each other's way."""
+    threads = max(1, (os.cpu_count() or 1) // (config.num_prefill + config.num_decode))
+    defaults = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**defaults, **os.environ}
+
+
+async def _start(name: str, arguments: list[str], environment: dict[str, str]) -> Child:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "cli.main",
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,  # the terminal's Ctrl-C reaches this process only
+        preexec_fn=_die_with_parent,
+    )
+    return Child(name, process)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+async def _relay(child: Child) -> None:
+    """Pass on what the child prints, under its name."""
+    assert child.process.stdout is not None
+    async for line in child.process.stdout:
+        text = line.decode(errors="replace").rstrip()
+        child.said.append(text)
+        sys.stderr.write(f"{child.name}: {text}\n")
+
+
+async def _wait_until_ready(config: ServeConfig, children: list[Child]) -> None:
+    try:
+        async with asyncio.timeout(START_TIMEOUT):
+            while not await asyncio.to_thread(_all_registered, config):
+                _raise_if_ended(children)
+                await asyncio.sleep(0.1)
+    except TimeoutError:
+        raise ConfigError(f"not all workers were ready after {START_TIMEOUT:.0f} s") from None
+
+
+def _raise_if_ended(children: list[Child]) -> None:
+    for child in children:
+        if child.process.returncode is not None:
+            raise ConfigError(child.reason())
+
+
+def _all_registered(config: ServeConfig) -> bool:
+    expected = config.num_prefill + config.num_decode
+    try:
+        return len(_get(config, "/admin/workers")["workers"]) == expected
+    except OSError:
+        return False
+
+
+def _get(config: ServeConfig, path: str) -> Any:
+    url = f"http://{_reachable(config.host)}:{config.port}{path}"
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+        return json.load(answer)
+
+
+def _reachable(host: str) -> str:
+    """An address that reaches a server listening on ``host`` from this machine."""
+    return "127.0.0.1" if ipaddress.ip_address(socket.gethostbyname(host)).is_unspecified else host
+
+
+async def _watch(children: list[Child], stopping: asyncio.Task[bool], console: Console) -> None:
+    """Until asked to stop, or the router ends: say which worker ended; the rest go on."""
+    ended = {asyncio.create_task(child.process.wait()): child for child in children}
+    while not stopping.done() and ended:
+        done, _ = await asyncio.wait({stopping, *ended}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done & ended.keys():
+            child = ended.pop(task)
+            if child.name == "router":
+                raise ConfigError(child.reason())
+            console.print(f"[bold red]{child.reason()}[/]")
+    for task in ended:
+        task.cancel()
+
+
+async def _stop(children: list[Child]) -> None:
+    running = [child for child in children if child.process.returncode is None]
+    for child in running:
+        child.process.terminate()
+    waits = [asyncio.create_task(child.process.wait()) for child in running]
+    if waits:
+        await asyncio.wait(waits, timeout=STOP_TIMEOUT)
+    for child in running:
+        if child.process.returncode is None:
+            child.process.kill()
+            await child.process.wait()
+
+
+def _print_state(config: ServeConfig, console: Console) -> None:
+    table = Table("worker", "role", "pid", "model", "transport", "KV blocks", "address")
+    for worker in _get(config, "/admin/workers")["workers"]:
+        table.add_row(
+            worker["id"],
+            worker["role"],
+            str(worker["pid"]),
+            Path(worker["model"]).name,
+            worker["transport"].rpartition("): ")[2],  # without the library's version and path
+            str(worker["load"]["total_blocks"]),
+            worker["data_address"],
+        )
+    console.print(table)
+    model = _get(config, "/v1/models")["data"][0]["id"]
+    question = {"role": "user", "content": "What does os.path.join do?"}
+    body = json.dumps({"model": model, "stream": True, "messages": [question]})
+    url = f"http://{_reachable(config.host)}:{config.port}"
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key else ""
+    console.print(f"Serving {model} on {url}. Try:\n")
+    command = (
+        f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+    )
+    console.print(command + "\n", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,201 @@
+"""The worker process: one engine, one transfer thread, one role, a link to each router."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from cli.addresses import is_local, worker_addresses
+from cli.router_link import RouterLink
+from cli.worker_metrics import WorkerCollector
+from decode.scheduler import DecodeScheduler
+from decode.worker import DecodeWorker
+from engine.block_pool import BlockPool
+from engine.engine import Engine, EngineConfig
+from engine.thread import EngineThread
+from kvtransfer.events import Died, TransferEvent
+from kvtransfer.thread import TransferThread
+from kvtransfer.ucx import UCXTransport, check_transport
+from prefill.metrics import PrefillMetrics
+from prefill.scheduler import PrefillScheduler
+from prefill.worker import PrefillWorker
+from protocol.errors import ConfigError, KvferryError
+from protocol.link import Server, read_cluster_key
+from protocol.messages import Message, Register, Role
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Everything a worker is told at start."""
+
+    role: Role
+    routers: tuple[str, ...]  # ZMQ endpoints
+    engine: EngineConfig
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    worker_id: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    host: str | None = None  # on which peers find this worker
+    metrics_port: int = 0  # 0: any free one
+    cluster_key_file: Path | None = None
+    require_transport: str | None = None
+
+
+class WorkerProcess:
+    """Everything in one worker. Raises ConfigError when it cannot be built."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._epoch = secrets.randbits(63)
+        self._identity = f"{config.worker_id}:{self._epoch}"
+        self._key = read_cluster_key(config.cluster_key_file) if config.cluster_key_file else None
+        self._addresses = worker_addresses(config.routers[0], config.host, config.worker_id)
+        if self._key is None and not is_local(config.routers[0]):
+            raise ConfigError("links between hosts are encrypted: give --cluster-key-file")
+        self._loop = asyncio.get_running_loop()
+        self._failed: asyncio.Future[None] = self._loop.create_future()
+        self._engine = Engine.load(config.engine)
+        self._transfer = TransferThread(
+            self._engine.rows, UCXTransport.factory(self._addresses.host), self._on_transfer
+        )
+        self._transfer.start()
+        if config.require_transport:
+            check_transport(config.require_transport, self._transfer.description)
+        metrics = CollectorRegistry()
+        self._engine_thread = EngineThread(self._engine, metrics)
+        self._pool = BlockPool(
+            self._engine.num_blocks, self._engine.geometry.block_size, self._engine.salt
+        )
+        self._peers: Server | None = None
+        self._role = self._build_role(metrics)
+        row_bytes = self._engine.geometry.row_bytes
+        metrics.register(WorkerCollector(self._role, self._pool, row_bytes, self._transfer))
+        self._metrics_url = _serve_metrics(self._addresses.host, config.metrics_port, metrics)
+        self._links = [
+            RouterLink(
+                router, self._identity, self._key, self._registration, self._role.from_router
+            )
+            for router in config.routers
+        ]
+
+    async def run(self) -> None:
+        """Serve until SIGINT or SIGTERM, or until a thread of this process fails."""
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.add_signal_handler(number, stop.set)
+        tasks = [
+            asyncio.create_task(self._role.run()),
+            *(asyncio.create_task(link.run()) for link in self._links),
+        ]
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            done, _ = await asyncio.wait(
+                {*tasks, stopping, self._failed}, return_when=asyncio.FIRST_COMPLETED
+            )
+            for finished in done:
+                finished.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """End the threads and sockets."""
+        self._engine_thread.close()
+        self._transfer.stop()
+        if self._peers is not None:
+            self._peers.close()
+
+    def _build_role(self, metrics: CollectorRegistry) -> PrefillWorker | DecodeWorker:
+        config = self._config
+        if config.role == "prefill":
+            return PrefillWorker(
+                self._engine_thread,
+                self._transfer,
+                PrefillScheduler(
+                    self._pool,
+                    max_num_batched_tokens=config.max_num_batched_tokens,
+                    max_num_seqs=config.max_num_seqs,
+                ),
+                self._engine.fingerprint,
+                identity=self._identity,
+                cluster_key=self._key,
+                send=self._send,
+                metrics=PrefillMetrics(metrics),
+            )
+        self._peers = Server(self._addresses.control, self._key)
+        return DecodeWorker(
+            self._engine_thread,
+            self._transfer,
+            DecodeScheduler(
+                self._pool,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+            ),
+            self._engine.fingerprint,
+            epoch=self._epoch,
+            peers=self._peers,
+            send=self._send,
+        )
+
+    def _send(self, router_id: str, message: Message) -> None:
+        for link in self._links:
+            if link.router_id == router_id:
+                link.send(message)
+
+    def _on_transfer(self, event: TransferEvent) -> None:
+        """Called on the transfer thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._take_transfer_event, event)
+        except RuntimeError:  # the loop has ended, and the process with it
+            log.debug("transfer event after the end: %s", event)
+
+    def _take_transfer_event(self, event: TransferEvent) -> None:
+        if not isinstance(event, Died):
+            self._role.from_transfer(event)
+        elif not self._failed.done():
+            self._failed.set_exception(KvferryError(f"the transfer thread died: {event.reason}"))
+
+    def _registration(self) -> Register:
+        return Register(
+            worker_id=self._config.worker_id,
+            epoch=self._epoch,
+            role=self._config.role,
+            model=self._config.engine.model,
+            fingerprint=self._engine.fingerprint,
+            vocab_size=self._engine.model_config.vocab_size,
+            max_model_len=self._engine.max_model_len,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            control=self._peers.endpoint if self._peers else "",
+            data=self._transfer.address,
+            transport=self._transfer.description,
+            metrics=self._metrics_url,
+            load=self._role.load(),
+        )
+
+
+async def serve_worker(config: WorkerConfig) -> None:
+    """Run one worker to its end. Raises ConfigError when it cannot start."""
+    worker = WorkerProcess(config)
+    try:
+        await worker.run()
+    finally:
+        worker.close()
+
+
+def _serve_metrics(host: str, port: int, registry: CollectorRegistry) -> str:
+    try:
+        server, _ = start_http_server(port, host, registry)
+    except OSError as error:
+        raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
+    return f"http://{host}:{server.server_port}/metrics"

@@ -1,0 +1,219 @@
+"""The receiving half of the block protocol: arrived messages into the blocks of open grants.
+
+Nothing is written to the arena but under an open grant, into the blocks the grant names, once for
+each position. A message that no grant covers is taken off the wire unread and counted by reason:
+
+    unknown_grant   no such grant, or one that is closed
+    closing_grant   the grant is being closed
+    out_of_range    positions past the grant's end, or none at all
+    wrong_length    bytes that are not the rows of its positions
+    duplicate       a position that has been received, or is being received
+    not_adjacent    scattered blocks that do not fit a staging slot
+
+A message stays unclaimed on the wire while ``max_in_flight`` others are under way or no staging
+slot is free: that is the back-pressure.
+
+``close`` forbids new receives at once, and ``GrantClosed`` follows when none is under way; only
+then may the blocks be used again. If the receives under way do not move for ``stall`` seconds (a
+frozen sender), every incoming connection is closed, which makes them fail; senders connect anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvtransfer.arena import Arena, Staging
+from kvtransfer.config import TransferConfig
+from kvtransfer.events import (
+    BlocksReceived,
+    Counters,
+    GrantClosed,
+    MessageRefused,
+    ReceiveFailed,
+    TransferEvent,
+)
+from kvtransfer.transport import Message, Operation, Transport
+from kvtransfer.wire import Tag, is_run
+
+
+@dataclass(slots=True)
+class _Grant:
+    blocks: Sequence[int]
+    taken: set[int] = field(default_factory=set)  # positions received or under way
+    under_way: int = 0  # messages not yet reported
+    closing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Receiving:
+    operation: Operation
+    tag: Tag
+    blocks: Sequence[int]  # destination
+    slot: int | None  # staging slot it lands in
+
+
+class Receiver:
+    """Receives into ``arena``. Every call is made on the transfer thread."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        transport: Transport,
+        config: TransferConfig,
+        counters: Counters,
+        report: Callable[[TransferEvent], None],
+        catch_up: Callable[[], object],
+    ) -> None:
+        """``catch_up`` carries out the calls that wait for this thread, ``open`` among them."""
+        self._arena = arena
+        self._transport = transport
+        self._config = config
+        self._counters = counters
+        self._report = report
+        self._catch_up = catch_up
+        self._staging = Staging(arena, config.staging_slots, config.staging_bytes)
+        self._nowhere = np.empty(0, np.uint8)  # too short for any message: nothing is written
+        self._grants: dict[int, _Grant] = {}
+        self._receiving: list[_Receiving] = []
+        self._refusing: list[Operation] = []
+        self._landed: deque[_Receiving] = deque()  # ended, to be scattered and digested
+        self._moved = time.monotonic()  # when a receive last began or ended
+
+    @property
+    def busy(self) -> bool:
+        """Whether any message is under way."""
+        return bool(self._receiving or self._refusing or self._landed)
+
+    def open(self, grant_id: int, blocks: Sequence[int]) -> None:
+        """Let position ``i`` of the grant be received into ``blocks[i]``."""
+        assert grant_id not in self._grants, f"grant {grant_id} opened twice"
+        self._grants[grant_id] = _Grant(blocks)
+        self._counters.open_grants = len(self._grants)
+
+    def close(self, grant_id: int) -> None:
+        """Post no more receives for the grant; ``GrantClosed`` follows. Idempotent."""
+        grant = self._grants.get(grant_id)
+        if grant is not None:
+            grant.closing = True
+            self._close_if_idle(grant_id, grant)
+
+    def step(self) -> bool:
+        """Take what has ended, accept what has arrived, complete one; whether any was there."""
+        moved = self._collect()
+        moved |= self._accept()
+        moved |= self._land()
+        if self._receiving and time.monotonic() - self._moved > self._config.stall:
+            self._transport.close_incoming()
+            self._moved = time.monotonic()
+        self._counters.receives_in_flight = len(self._receiving) + len(self._landed)
+        return moved
+
+    def _collect(self) -> bool:
+        self._refusing = [operation for operation in self._refusing if not operation.done]
+        ended = [receiving for receiving in self._receiving if receiving.operation.done]
+        for receiving in ended:
+            self._receiving.remove(receiving)
+            if receiving.operation.error is None:
+                self._landed.append(receiving)
+            else:
+                self._lose(receiving, receiving.operation.error)
+        if ended:
+            self._moved = time.monotonic()
+        return bool(ended)
+
+    def _accept(self) -> bool:
+        accepted = False
+        while self._has_room() and (message := self._transport.probe()) is not None:
+            self._moved = time.monotonic()
+            accepted = True
+            tag = Tag.unpack(message.tag)
+            reason = self._objection(tag, message.length)
+            if reason is None:
+                self._receive(message, tag)
+            else:
+                self._refusing.append(self._transport.receive(message, self._nowhere))
+                refused = self._counters.refused
+                refused[reason] = refused.get(reason, 0) + 1
+                self._report(MessageRefused(tag.grant_id, reason))
+        return accepted
+
+    def _has_room(self) -> bool:
+        under_way = len(self._receiving) + len(self._refusing) + len(self._landed)
+        return under_way < self._config.max_in_flight and self._staging.num_free > 0
+
+    def _objection(self, tag: Tag, length: int) -> str | None:
+        if tag.grant_id not in self._grants:
+            self._catch_up()  # the message may have overtaken the call that opens its grant
+        grant = self._grants.get(tag.grant_id)
+        if grant is None:
+            return "unknown_grant"
+        if grant.closing:
+            return "closing_grant"
+        positions = range(tag.first, tag.first + tag.count)
+        if not positions or positions.stop > len(grant.blocks):
+            return "out_of_range"
+        if length != tag.count * self._arena.row_bytes:
+            return "wrong_length"
+        if not grant.taken.isdisjoint(positions):
+            return "duplicate"
+        blocks = grant.blocks[tag.first : positions.stop]
+        if tag.count > self._staging.rows_per_slot and not is_run(blocks):
+            return "not_adjacent"
+        return None
+
+    def _receive(self, message: Message, tag: Tag) -> None:
+        grant = self._grants[tag.grant_id]
+        positions = range(tag.first, tag.first + tag.count)
+        blocks, slot = grant.blocks[tag.first : positions.stop], None
+        if is_run(blocks):
+            buffer = self._arena.run(blocks)
+        else:
+            slot = self._staging.acquire()
+            buffer = self._staging.buffer(slot, tag.count)
+        grant.taken.update(positions)
+        grant.under_way += 1
+        operation = self._transport.receive(message, buffer)
+        self._receiving.append(_Receiving(operation, tag, blocks, slot))
+
+    def _land(self) -> bool:
+        """Put one message's blocks in place and report them."""
+        if not self._landed:
+            return False
+        receiving = self._landed.popleft()
+        tag, grant = receiving.tag, self._grants[receiving.tag.grant_id]
+        if receiving.slot is not None:
+            if not grant.closing:
+                self._staging.scatter(receiving.slot, receiving.blocks)
+            self._staging.release(receiving.slot)
+        self._counters.messages_received += 1
+        self._counters.bytes_received += tag.count * self._arena.row_bytes
+        if not grant.closing:
+            digests = self._arena.digests(receiving.blocks)
+            self._report(BlocksReceived(tag.grant_id, tag.first, digests))
+        self._end(tag.grant_id, grant)
+        return True
+
+    def _lose(self, receiving: _Receiving, reason: str) -> None:
+        tag, grant = receiving.tag, self._grants[receiving.tag.grant_id]
+        if receiving.slot is not None:
+            self._staging.release(receiving.slot)
+        grant.taken.difference_update(range(tag.first, tag.first + tag.count))
+        self._counters.failed_receives += 1
+        self._report(ReceiveFailed(tag.grant_id, reason))
+        self._end(tag.grant_id, grant)
+
+    def _end(self, grant_id: int, grant: _Grant) -> None:
+        grant.under_way -= 1
+        if grant.closing:
+            self._close_if_idle(grant_id, grant)
+
+    def _close_if_idle(self, grant_id: int, grant: _Grant) -> None:
+        if grant.under_way == 0:
+            del self._grants[grant_id]
+            self._counters.open_grants = len(self._grants)
+            self._report(GrantClosed(grant_id))

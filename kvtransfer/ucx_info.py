@@ -1,0 +1,92 @@
+"""Which UCX is in use and what it can do, in words for people and for ``--require-transport``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+
+from protocol.errors import ConfigError
+
+# With peer error handling UCX leaves these out: they cannot tell that the other side has died.
+_UNUSED = {"self", "sysv", "posix", "cma", "xpmem", "knem"}
+_FAMILIES = {"rdma": ("rc_", "dc_", "ud_"), "cuda": ("cuda_", "gdr_copy")}
+
+_TRANSPORTS_FIELD = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
+_MAX_LANES = 16
+
+
+class _TransportEntry(ctypes.Structure):
+    _fields_ = (("transport", ctypes.c_char_p), ("device", ctypes.c_char_p))
+
+
+class _EndpointAttributes(ctypes.Structure):
+    """ucp_ep_attr_t of UCX 1.12 and later; only ``entries`` and its sizes are used."""
+
+    _fields_ = (
+        ("field_mask", ctypes.c_uint64),
+        ("name", ctypes.c_char * 32),
+        ("local_address", ctypes.c_char * 128),
+        ("remote_address", ctypes.c_char * 128),
+        ("entries", ctypes.POINTER(_TransportEntry)),
+        ("num_entries", ctypes.c_uint),
+        ("entry_size", ctypes.c_size_t),
+        ("user_data", ctypes.c_void_p),
+    )
+
+
+def available(context_info: str) -> list[str]:
+    """``transport/device`` of every wire a UCX context can use, from its own description."""
+    found = re.findall(r"flags \S+ (\S+)/(\S+)", context_info)
+    return sorted({f"{name}/{device}" for name, device in found if name not in _UNUSED})
+
+
+def describe(version: tuple[int, int, int], transports: list[str]) -> str:
+    """One line: version, where the library came from, and its transports."""
+    number = ".".join(map(str, version))
+    return f"UCX {number} ({library_path()}): {' '.join(transports) or 'none'}"
+
+
+def endpoint_lanes(handle: int) -> str:
+    """The wires of one endpoint, such as ``tcp/eth0 tcp/lo``, or ``""`` when UCX will not say."""
+    entries = (_TransportEntry * _MAX_LANES)()
+    attributes = _EndpointAttributes(
+        field_mask=_TRANSPORTS_FIELD,
+        entries=entries,
+        num_entries=_MAX_LANES,
+        entry_size=ctypes.sizeof(_TransportEntry),
+    )
+    query = ctypes.CDLL(library_path()).ucp_ep_query
+    if query(ctypes.c_void_p(handle), ctypes.byref(attributes)) != 0:
+        return ""
+    used = entries[: attributes.num_entries]
+    # the lane that set the connection up names no device
+    return " ".join(
+        sorted({f"{e.transport.decode()}/{e.device.decode()}" for e in used if e.device})
+    )
+
+
+@functools.cache
+def library_path() -> str:
+    """The libucp this process has loaded."""
+    maps = Path("/proc/self/maps").read_text()
+    found = re.search(r"/\S*libucp\.so\S*", maps)
+    return found[0] if found else "libucp.so.0"
+
+
+def check_transport(required: str, description: str) -> None:
+    """Raise ConfigError unless the description names ``required``.
+
+    ``required`` is the beginning of a UCX transport's name (``rc``, ``cuda_ipc``, ``tcp``), or a
+    family: ``rdma`` or ``cuda``.
+    """
+    prefixes = _FAMILIES.get(required, (required,))
+    if any(name.startswith(prefixes) for name in description.rpartition("): ")[2].split()):
+        return
+    raise ConfigError(
+        f"--require-transport {required}: this process has {description}. UCX_TLS may leave it "
+        "out, or the device may be missing (see ucx_info -d). The UCX that pip installs (libucx) "
+        "is built without verbs: for RDMA install the system's UCX and set "
+        "RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true"
+    )

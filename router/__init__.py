@@ -1,0 +1,1 @@
+"""HTTP, text and JSON; picks workers; owns the request. Imports no torch."""

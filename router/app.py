@@ -1,0 +1,173 @@
+"""The router's HTTP: OpenAI's API, vLLM's tokenizer routes, health, metrics, administration.
+
+Owns routes, authorisation and the bounds on bodies. ``intake`` validates, ``stream`` answers.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from router import http_errors
+from router.body import read_body
+from router.generation import Generator
+from router.intake import Intake
+from router.metrics import RouterMetrics
+from router.schemas import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
+from router.stream import EventStream, Job, run, while_connected, whole_answer
+from router.text import TextModel
+
+B = TypeVar("B", bound=Body)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """What the HTTP half is told at start. Without an ``api_key`` everybody is let in."""
+
+    served_model_name: str
+    api_key: str | None = None
+    max_body_bytes: int = 4 << 20
+    body_timeout: float = 60.0  # seconds until a body must have arrived
+
+
+def create_app(
+    settings: RouterSettings, text: TextModel, generator: Generator, registry: CollectorRegistry
+) -> FastAPI:
+    """The application. It keeps no state but ``registry``'s series."""
+    metrics = RouterMetrics(registry)
+    intake = Intake(settings.served_model_name, text, generator)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    http_errors.install(app, metrics)
+    guarded = [Depends(_authorize(settings.api_key))]
+    app.include_router(_health_routes(generator, registry))
+    app.include_router(_api_routes(settings, intake, generator, metrics), dependencies=guarded)
+    app.include_router(_token_routes(settings, intake, text, generator), dependencies=guarded)
+    return app
+
+
+def _health_routes(generator: Generator, registry: CollectorRegistry) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/health")
+    async def health() -> Response:
+        return Response()
+
+    @routes.get("/ready")
+    async def ready() -> Response:
+        reason = generator.not_ready_reason()
+        return JSONResponse({"ready": reason is None, "reason": reason}, 503 if reason else 200)
+
+    @routes.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"Content-Type": content_type})
+
+    return routes
+
+
+def _api_routes(
+    settings: RouterSettings, intake: Intake, generator: Generator, metrics: RouterMetrics
+) -> APIRouter:
+    routes = APIRouter()
+    started = int(time.time())
+
+    async def answer(request: Request, job: Job) -> Response:
+        pieces = run(job, generator, metrics)
+        if not job.stream:
+            content = await while_connected(request.receive, whole_answer(job, pieces))
+            return JSONResponse(content)
+        first = await while_connected(request.receive, anext(pieces))
+        return EventStream(job, first, pieces, metrics)
+
+    @routes.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        body = await _read(request, CompletionBody, settings)
+        return await answer(request, await intake.completion(body))
+
+    @routes.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        body = await _read(request, ChatBody, settings)
+        return await answer(request, await intake.chat(body))
+
+    def model() -> dict[str, Any]:
+        return {
+            "id": settings.served_model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "kvferry",
+            "max_model_len": generator.max_model_len,
+        }
+
+    @routes.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [model()]})
+
+    @routes.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        intake.check_model(name)
+        return JSONResponse(model())
+
+    @routes.get("/admin/workers")
+    async def workers() -> Response:
+        return JSONResponse({"workers": generator.workers()})
+
+    return routes
+
+
+def _token_routes(
+    settings: RouterSettings, intake: Intake, text: TextModel, generator: Generator
+) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        tokens = await intake.tokenize(await _read(request, TokenizeBody, settings))
+        return JSONResponse(
+            {"count": len(tokens), "max_model_len": generator.max_model_len, "tokens": tokens}
+        )
+
+    @routes.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await _read(request, DetokenizeBody, settings)
+        intake.check_model(body.model)
+        text.check_token_ids(body.tokens, "tokens")
+        return JSONResponse({"prompt": text.decode(body.tokens)})
+
+    return routes
+
+
+async def _read(request: Request, kind: type[B], settings: RouterSettings) -> B:
+    return await read_body(
+        request, kind, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout
+    )
+
+
+def _authorize(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
+    """A dependency that lets requests with the key pass; all of them where there is no key."""
+
+    async def authorize(request: Request) -> None:
+        if api_key is None:
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        known = hmac.compare_digest(key.strip().encode(), api_key.encode())  # in constant time
+        if scheme.lower() != "bearer" or not known:
+            challenge = {"WWW-Authenticate": "Bearer"}
+            raise HTTPException(401, "the API key is missing or wrong", challenge)
+
+    return authorize

@@ -1,0 +1,257 @@
+"""The bodies of requests: OpenAI's fields, and vLLM's extensions under vLLM's names.
+
+Null means absent. Unknown fields are ignored, as OpenAI does, but a known one that is not
+supported and would change the answer is refused by name. Types are strict: "5" is no number.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from protocol.errors import InvalidRequestError
+
+MAX_PROMPTS = 128
+MAX_STOP_STRINGS = 4
+MAX_STOP_TOKEN_IDS = 128
+
+Prompt = str | list[int]
+
+# Field: the values that ask for nothing beyond what is always done.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+}
+
+
+def _same(left: object, right: object) -> bool:
+    return type(left) is type(right) and left == right  # False is not 0 here
+
+
+def _refuse(
+    fields: dict[str, Any], unsupported: dict[str, tuple[object, ...]], prefix: str = ""
+) -> None:
+    for name, neutral in unsupported.items():
+        if name in fields and not any(_same(fields[name], value) for value in neutral):
+            raise InvalidRequestError(f"{prefix}{name} is not supported", f"{prefix}{name}")
+
+
+def _prompts(value: object) -> list[Prompt]:
+    """One prompt or several, each text or token ids, as a list of prompts."""
+    prompts = [value] if isinstance(value, str) or _is_token_ids(value) else value
+    if not isinstance(prompts, list) or not all(
+        isinstance(prompt, str) or _is_token_ids(prompt) for prompt in prompts
+    ):
+        raise ValueError("must be a string, a list of token ids, or a list of either")
+    if not all(prompts):
+        raise ValueError("is empty")
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"has {len(prompts)} prompts, the limit is {MAX_PROMPTS}")
+    return prompts
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(token_id) is int for token_id in value)
+
+
+def _stops(value: object) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or a list of strings")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise ValueError(f"has {len(stops)} strings, the limit is {MAX_STOP_STRINGS}")
+    if "" in stops:
+        raise ValueError("must not be an empty string")
+    return stops
+
+
+def _content(value: object) -> str:
+    match value:
+        case str():
+            return value
+        case [_, *_]:
+            return "\n".join(_text_part(part) for part in value)
+        case _:
+            raise ValueError("must be a string or a list of text parts")
+
+
+def _text_part(part: object) -> str:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": str(kind)} if kind != "text":
+            raise ValueError(f"has a part of type {kind!r}; only text is supported")
+        case _:
+            raise ValueError('must hold parts like {"type": "text", "text": "..."}')
+
+
+class Body(BaseModel):
+    """Base of all bodies."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_absent(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class StreamOptions(Body):
+    """What a stream carries beside the text."""
+
+    include_usage: bool = False
+
+
+class ChatMessage(Body):
+    """One turn. A content of several text parts is joined with newlines."""
+
+    role: str = Field(min_length=1)
+    content: Annotated[str, BeforeValidator(_content)]
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _refuse_unsupported(self) -> Self:
+        _refuse(self.model_extra or {}, _UNSUPPORTED_IN_MESSAGE, "messages.")
+        return self
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates know it."""
+        fields = {"role": self.role, "content": self.content}
+        return fields if self.name is None else {**fields, "name": self.name}
+
+
+class GenerationBody(Body):
+    """What both generating endpoints take."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)  # -1 and 0 keep all
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    add_special_tokens: bool | None = None  # default: text yes, rendered chats no
+    return_token_ids: bool = False
+
+    @model_validator(mode="after")
+    def _refuse_unsupported(self) -> Self:
+        _refuse(self.model_extra or {}, _UNSUPPORTED)
+        if self.stream_options is not None and not self.stream:
+            message = "stream_options is only allowed when stream is true"
+            raise InvalidRequestError(message, "stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def limit_field(self) -> str:
+        """The field that limits the output."""
+        return "max_tokens"
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate, if the client says."""
+        return self.max_tokens
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: Annotated[list[Prompt], BeforeValidator(_prompts)]
+
+
+class ChatOptions(Body):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class ChatBody(ChatOptions, GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)  # wins over max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        """The field that limits the output."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate, if the client says."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TokenizeBody(ChatOptions):
+    """POST /tokenize: a text or a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None  # default: text yes, rendered chats no
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("give either prompt or messages", "prompt")
+        return self
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]

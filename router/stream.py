@@ -1,0 +1,232 @@
+"""Brings a request's tokens to its client: as server-sent events or as one answer.
+
+A stream ends in exactly one of three ways: ``[DONE]``, one error event, or the client's leaving.
+Whichever way a request ends, its generators are closed, which cancels it on the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from protocol.errors import KvferryError
+from router.answers import AnswerHead, Shape, usage, whole_choice
+from router.generation import GenerationRequest, Generator
+from router.http_errors import error_body
+from router.metrics import RouterMetrics, SequenceTimer
+from router.output import Output, Piece
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One sequence of a request and how its output is shown."""
+
+    request: GenerationRequest
+    output: Output
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A validated request."""
+
+    head: AnswerHead
+    shape: Shape
+    choices: Sequence[Choice]
+    arrived: float  # time.perf_counter()
+    stream: bool
+    include_usage: bool
+    return_token_ids: bool
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(choice.request.prompt_token_ids) for choice in self.choices)
+
+
+async def run(
+    job: Job, generator: Generator, metrics: RouterMetrics
+) -> AsyncGenerator[Piece, None]:
+    """The pieces of all choices as they come. Raises KvferryError."""
+    streams = [_run_choice(choice, job.arrived, generator, metrics) for choice in job.choices]
+    pieces = streams[0] if len(streams) == 1 else _interleave(streams)
+    async with aclosing(pieces):
+        async for piece in pieces:
+            yield piece
+
+
+async def _run_choice(
+    choice: Choice, arrived: float, generator: Generator, metrics: RouterMetrics
+) -> AsyncGenerator[Piece, None]:
+    timer = SequenceTimer(metrics, arrived, len(choice.request.prompt_token_ids))
+    with metrics.running.track_inprogress():
+        async with aclosing(generator.generate(choice.request)) as chunks:
+            async for chunk in chunks:
+                piece = choice.output.push(chunk)
+                timer.tokens(len(piece.token_ids))
+                if piece.finish_reason is not None:
+                    timer.finished(piece.finish_reason)
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+    raise KvferryError("the output ended without a finish reason")
+
+
+async def _interleave(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Items of several streams in the order in which they come."""
+    waiting = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                stream = waiting.pop(task)
+                try:
+                    item = task.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(stream))] = stream
+                yield item
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+
+
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
+    """``work``'s result. When the client goes first: cancels it and raises ClientDisconnect."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def whole_answer(job: Job, pieces: AsyncGenerator[Piece, None]) -> dict[str, Any]:
+    """Everything in one body."""
+    outputs: list[list[Piece]] = [[] for _ in job.choices]
+    async with aclosing(pieces):
+        async for piece in pieces:
+            outputs[piece.index].append(piece)
+    choices = []
+    num_tokens = 0
+    for index, output in enumerate(outputs):
+        token_ids = [token_id for piece in output for token_id in piece.token_ids]
+        num_tokens += len(token_ids)
+        choice = whole_choice(job.shape, index, output)
+        if job.return_token_ids:
+            choice["prompt_token_ids"] = job.choices[index].request.prompt_token_ids
+            choice["token_ids"] = token_ids
+        choices.append(choice)
+    return {
+        **job.head.fields(job.shape.whole),
+        "choices": choices,
+        "usage": usage(job.num_prompt_tokens, num_tokens),
+    }
+
+
+class EventStream(Response):
+    """The answer as server-sent events, one for each piece.
+
+    ``first`` was awaited before, so that what fails before any token is answered with its status.
+    """
+
+    media_type = "text/event-stream"
+    charset = "utf-8"
+
+    def __init__(
+        self, job: Job, first: Piece, pieces: AsyncGenerator[Piece, None], metrics: RouterMetrics
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._job = job
+        self._first = first
+        self._pieces = pieces
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write until the end or until the client goes."""
+        async with aclosing(self._pieces):
+            await while_connected(receive, self._write(send))
+
+    async def _write(self, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        async with aclosing(self._events()) as events:
+            async for event in events:
+                await send(_body(b"data: " + event + b"\n\n", more_body=True))
+        await send(_body(b"", more_body=False))
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(self._chunks()) as chunks:
+                async for chunk in chunks:
+                    yield _encode(chunk)
+        except KvferryError as error:
+            self._metrics.failed(error.status, error.code)
+            yield _encode(error_body(error))
+            return
+        yield b"[DONE]"
+
+    async def _chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        job = self._job
+        head = job.head.fields(job.shape.chunk)
+        if job.include_usage:
+            head["usage"] = None
+        for choice in range(len(job.choices)):
+            opening = job.shape.opening(choice)
+            if opening is not None:
+                yield {**head, "choices": [opening]}
+        num_tokens = 0
+        told = [not job.return_token_ids] * len(job.choices)  # whose prompt's ids were sent
+        async with aclosing(self._all_pieces()) as pieces:
+            async for piece in pieces:
+                num_tokens += len(piece.token_ids)
+                if not (piece.text or piece.finish_reason or job.return_token_ids):
+                    continue  # half a character, or what may become a stop string
+                delta = job.shape.delta(piece)
+                if job.return_token_ids:
+                    delta["token_ids"] = piece.token_ids
+                if not told[piece.index]:
+                    told[piece.index] = True
+                    request = job.choices[piece.index].request
+                    delta["prompt_token_ids"] = request.prompt_token_ids
+                yield {**head, "choices": [delta]}
+        if job.include_usage:
+            yield {**head, "choices": [], "usage": usage(job.num_prompt_tokens, num_tokens)}
+
+    async def _all_pieces(self) -> AsyncGenerator[Piece, None]:
+        yield self._first
+        async for piece in self._pieces:
+            yield piece
+
+
+def _encode(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _body(content: bytes, *, more_body: bool) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": more_body}

@@ -1,0 +1,146 @@
+"""A checkpoint's text half: tokenizer, special tokens, chat template. Needs no weights."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from engine.config import ModelConfig
+from protocol.errors import ConfigError, InvalidRequestError
+from router.chat_template import ChatTemplate
+from router.detokenizer import Detokenizer
+
+LONG_TEXT = 16_384  # characters; a longer text is tokenised beside the event loop
+
+
+@dataclass(frozen=True, slots=True)
+class TextModel:
+    """Text to token ids and back for one model."""
+
+    tokenizer: Tokenizer
+    vocab_size: int  # ids the model takes; the tokenizer may know fewer
+    eos_token_ids: tuple[int, ...]
+    chat_template: ChatTemplate | None
+    fingerprint: str  # of the files read
+
+    @classmethod
+    def load(cls, folder: Path) -> TextModel:
+        """Read a checkpoint's JSON files. Raises ConfigError naming what is missing or wrong."""
+        config = ModelConfig.load(folder)
+        settings = _settings(folder)
+        source = _template_source(folder, settings)
+        special_tokens = _special_tokens(settings)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{folder} has no tokenizer.json")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises Exception itself
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        eos = config.eos_token_ids or _eos_token_ids(tokenizer, special_tokens)
+        digest = hashlib.blake2b(repr(config).encode() + path.read_bytes(), digest_size=6)
+        return cls(
+            tokenizer=tokenizer,
+            vocab_size=config.vocab_size,
+            eos_token_ids=eos,
+            chat_template=ChatTemplate(source, special_tokens) if source is not None else None,
+            fingerprint=f"fp_{digest.hexdigest()}",
+        )
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. A long one is encoded in a thread, which releases the GIL."""
+        if len(text) <= LONG_TEXT:
+            return self._encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of token ids; ids that the tokenizer does not know give none."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def detokenizer(
+        self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        """A new one for a sequence that continues the prompt."""
+        return Detokenizer(
+            self.tokenizer, prompt_token_ids, skip_special_tokens=skip_special_tokens
+        )
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A chat as prompt text, special tokens included. Raises InvalidRequestError."""
+        if self.chat_template is None:
+            raise InvalidRequestError("this model has no chat template; use /v1/completions")
+        return self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, variables=variables
+        )
+
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise InvalidRequestError naming an id that the model does not have."""
+        for token_id in token_ids:
+            if not 0 <= token_id < self.vocab_size:
+                limit = f"the vocabulary has ids 0 to {self.vocab_size - 1}"
+                raise InvalidRequestError(f"{param}: no token {token_id}; {limit}", param)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} does not hold a JSON object")
+        settings.update({key: value for key, value in content.items() if value is not None})
+    return settings
+
+
+def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(f"{folder}/tokenizer_config.json: chat_template is not a template")
+    return template
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, object]:
+    def text(token: Any) -> object:
+        return token.get("content") if isinstance(token, dict) else token
+
+    named = {key: text(value) for key, value in settings.items() if key.endswith("_token")}
+    additional = [text(token) for token in settings.get("additional_special_tokens", [])]
+    strings = {key: value for key, value in named.items() if isinstance(value, str)}
+    return {**strings, "additional_special_tokens": additional}
+
+
+def _eos_token_ids(tokenizer: Tokenizer, special_tokens: Mapping[str, object]) -> tuple[int, ...]:
+    token = special_tokens.get("eos_token")
+    token_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    return () if token_id is None else (token_id,)

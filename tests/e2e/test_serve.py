@@ -1,0 +1,111 @@
+"""``kvferry serve`` as a newcomer runs it: starts, says what it is, ends without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.stack import eventually, free_port
+
+
+class Serve:
+    """A running ``kvferry serve`` and what it printed."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self.port = free_port()
+        self.directory = directory
+        self.text = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", "serve", "--port", str(self.port), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "TMPDIR": str(directory), "COLUMNS": "160"},
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.text += line
+
+    def wait(self) -> int:
+        code = self.process.wait(timeout=120)
+        self._reader.join(timeout=30)
+        return code
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if "kvferry" in name or "ucx" in name}
+
+
+@pytest.fixture
+def short_directory() -> Path:
+    """A Unix socket's path may not be long."""
+    return Path(tempfile.mkdtemp(prefix="kv", dir="/tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serves_and_leaves_nothing_behind(short_directory: Path, number: signal.Signals) -> None:
+    segments = shared_memory()
+    serve = Serve(short_directory)
+    assert eventually(lambda: "curl" in serve.text or serve.process.poll() is not None, 120)
+    children = psutil.Process(serve.process.pid).children(recursive=True)
+    assert len(children) == 3
+    assert "prefill-0" in serve.text
+    assert "decode-0" in serve.text
+    assert "tcp" in serve.text
+    models = httpx.get(f"http://127.0.0.1:{serve.port}/v1/models", timeout=30).json()
+    assert models["data"][0]["id"] == "kvferry-demo"
+    serve.process.send_signal(number)
+    assert serve.wait() == 0, serve.text
+    assert not [child for child in children if child.is_running()]
+    assert list(short_directory.iterdir()) == []
+    assert shared_memory() == segments
+
+
+def test_children_end_with_a_killed_parent(short_directory: Path) -> None:
+    serve = Serve(short_directory)
+    assert eventually(lambda: "curl" in serve.text or serve.process.poll() is not None, 120)
+    children = psutil.Process(serve.process.pid).children(recursive=True)
+    serve.process.kill()
+    serve.wait()
+    assert eventually(lambda: not any(child.is_running() for child in children), 30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--model", "/does/not/exist"], "/does/not/exist"),
+        (["--num-kv-blocks", "2"], "KV"),
+        (["--require-transport", "rc_mlx5"], "rc_mlx5"),
+        (["--block-size", "7"], "7"),
+    ],
+)
+def test_a_worker_that_cannot_start_ends_the_command(
+    short_directory: Path, arguments: list[str], reason: str
+) -> None:
+    serve = Serve(short_directory, *arguments)
+    assert serve.wait() == 1
+    assert reason in serve.text.splitlines()[-1]
+    assert list(short_directory.iterdir()) == []
+
+
+def test_a_taken_port_ends_the_command(short_directory: Path) -> None:
+    first = Serve(short_directory)
+    assert eventually(lambda: "curl" in first.text or first.process.poll() is not None, 120)
+    second = Serve(short_directory, "--port", str(first.port))
+    assert second.wait() == 1
+    assert str(first.port) in second.text.splitlines()[-1]
+    first.process.send_signal(signal.SIGINT)
+    assert first.wait() == 0

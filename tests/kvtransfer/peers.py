@@ -1,0 +1,118 @@
+"""Two workers' data planes with their arenas, on any transport."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from kvtransfer.config import TransferConfig
+from kvtransfer.events import BlocksReceived, BlocksSent, Died, TransferEvent
+from kvtransfer.inproc import InProcessNetwork
+from kvtransfer.thread import TransferThread
+from kvtransfer.transport import TransportFactory
+from kvtransfer.ucx import UCXTransport
+
+DEADLINE = 20.0  # seconds
+E = TypeVar("E")
+
+
+class Peer:
+    """A transfer thread, its arena, and every event it has reported and nobody has taken."""
+
+    def __init__(
+        self, rows: torch.Tensor, factory: TransportFactory, config: TransferConfig
+    ) -> None:
+        self.rows = rows
+        self._events: queue.Queue[TransferEvent] = queue.Queue()
+        self._untaken: list[TransferEvent] = []
+        self.thread = TransferThread(rows, factory, self._events.put, config)
+        self.thread.start()
+
+    @property
+    def address(self) -> bytes:
+        return self.thread.address
+
+    def expect(self, kind: type[E]) -> E:
+        """The next event of a kind; others wait for whoever asks for them."""
+        for event in self._untaken:
+            if isinstance(event, kind):
+                self._untaken.remove(event)
+                return event
+        while True:
+            event = self._events.get(timeout=DEADLINE)
+            if isinstance(event, kind):
+                return event
+            assert not isinstance(event, Died), event
+            self._untaken.append(event)
+
+    def untaken(self, kind: type[E]) -> list[E]:
+        """Events of a kind that have come and were not expected."""
+        while not self._events.empty():
+            self._untaken.append(self._events.get())
+        return [event for event in self._untaken if isinstance(event, kind)]
+
+    def forget(self) -> None:
+        """Drop the events that have come."""
+        self.untaken(object)
+        self._untaken.clear()
+
+    def received(self, grant_id: int, count: int) -> dict[int, int]:
+        """Wait for ``count`` positions of a grant: position -> digest."""
+        digests: dict[int, int] = {}
+        while len(digests) < count:
+            event = self.expect(BlocksReceived)
+            assert event.grant_id == grant_id
+            for position, digest in enumerate(event.digests, start=event.first):
+                assert position not in digests
+                digests[position] = digest
+        return digests
+
+
+Spawn = Callable[..., Peer]
+
+
+@contextmanager
+def spawner(kind: str, network: InProcessNetwork | None = None) -> Iterator[Spawn]:
+    """Makes peers of one network, ``at`` an address if given, and stops them at the end."""
+    network = network or InProcessNetwork()
+    peers: list[Peer] = []
+
+    def spawn(
+        num_blocks: int,
+        row_bytes: int,
+        config: TransferConfig | None = None,
+        at: bytes | None = None,
+    ) -> Peer:
+        generator = torch.Generator().manual_seed(len(peers))
+        rows = torch.randint(
+            0, 256, (num_blocks, row_bytes), dtype=torch.uint8, generator=generator
+        )
+        factory: TransportFactory = network.factory(at)
+        if kind == "ucx":
+            factory = UCXTransport.factory("127.0.0.1", int(at.rpartition(b":")[2]) if at else 0)
+        peer = Peer(rows, factory, config or TransferConfig())
+        peers.append(peer)
+        return peer
+
+    yield spawn
+    for peer in peers:
+        peer.thread.stop()
+        assert not peer.thread.alive
+
+
+def transfer(
+    sender: Peer, receiver: Peer, grant_id: int, source: Sequence[int], destination: Sequence[int]
+) -> None:
+    """Grant, send, and check bytes and digests of a whole grant; the grant stays open."""
+    expected = sender.rows[list(source)].clone()
+    receiver.thread.open_grant(grant_id, destination)
+    sender.thread.send_blocks(receiver.address, grant_id, 0, source, destination)
+    digests = receiver.received(grant_id, len(source))
+    sent = sender.expect(BlocksSent)
+    assert (sent.grant_id, sent.first) == (grant_id, 0)
+    assert sent.digests == [digests[position] for position in range(len(source))]
+    assert torch.equal(receiver.rows[list(destination)], expected)

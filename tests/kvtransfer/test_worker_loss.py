@@ -1,0 +1,77 @@
+"""A sending worker is killed or frozen while its blocks arrive; the grant still closes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvtransfer.config import TransferConfig
+from kvtransfer.events import BlocksReceived, GrantClosed, ReceiveFailed
+from tests.kvtransfer.peers import Peer, spawner
+
+ROW, BLOCKS = 128 << 10, 2048  # 256 MiB: long enough to be interrupted
+
+Start = Callable[[int, int], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def receiver() -> Iterator[Peer]:
+    with spawner("ucx") as spawn:
+        yield spawn(BLOCKS, ROW, TransferConfig(stall=0.5))
+
+
+@pytest.fixture
+def start(receiver: Peer) -> Iterator[Start]:
+    workers = []
+
+    def start(grant_id: int, num_blocks: int) -> subprocess.Popen[str]:
+        arguments = [receiver.address.decode(), str(grant_id), str(num_blocks), str(ROW)]
+        command = [sys.executable, "-m", "tests.kvtransfer.sending_worker", *arguments]
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        workers.append(worker)
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.kill()
+        worker.communicate()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_sender_is_lost_in_the_middle(receiver: Peer, start: Start, how: signal.Signals) -> None:
+    receiver.thread.open_grant(1, range(BLOCKS))
+    lost = start(1, BLOCKS)
+    receiver.expect(BlocksReceived)
+    lost.send_signal(how)
+    assert receiver.expect(ReceiveFailed).grant_id == 1
+    receiver.thread.close_grant(1)
+    assert receiver.expect(GrantClosed).grant_id == 1
+    receiver.rows.zero_()
+
+    receiver.thread.open_grant(2, range(64))
+    start(2, 64)
+    receiver.forget()
+    receiver.received(2, 64)
+    assert (receiver.rows[:64] == 0xAB).all()
+    assert not receiver.rows[64:].any(), "something still writes for the lost sender"
+
+
+def test_restarted_sender_sends_the_rest(receiver: Peer, start: Start) -> None:
+    """Positions of failed messages may be sent again; those received may not."""
+    receiver.thread.open_grant(1, range(BLOCKS))
+    lost = start(1, BLOCKS)
+    receiver.expect(BlocksReceived)
+    lost.kill()
+    receiver.expect(ReceiveFailed)
+    before = receiver.thread.snapshot()
+    start(1, BLOCKS)
+    whole = BLOCKS * ROW
+    while receiver.thread.snapshot().bytes_received < whole:
+        assert isinstance(receiver.expect(BlocksReceived), BlocksReceived)
+    assert receiver.thread.snapshot().refused["duplicate"] > 0
+    assert before.failed_receives > 0
+    assert (receiver.rows == 0xAB).all()

@@ -1,0 +1,167 @@
+"""Which workers the router knows, and which of them serve a request."""
+
+from __future__ import annotations
+
+import pytest
+
+from protocol.errors import UnavailableError
+from protocol.geometry import Fingerprint, KVGeometry
+from protocol.messages import Heartbeat, Register, Role, WorkerLoad
+from router.policy import choose_pair, decode_load, prefill_load
+from router.registry import Registry, Worker, WorkerState
+
+TIMEOUT = 3.0
+GEOMETRY = KVGeometry(num_kv_heads=1, num_layers=1, block_size=4, head_dim=4, dtype="float32")
+
+
+def registration(
+    worker_id: str, role: Role = "prefill", epoch: int = 1, weights: str = "00"
+) -> Register:
+    return Register(
+        worker_id=worker_id,
+        epoch=epoch,
+        role=role,
+        model="m",
+        fingerprint=Fingerprint(weights_digest=weights, rope="none", geometry=GEOMETRY),
+        vocab_size=10,
+        max_model_len=100,
+        pid=1,
+        host="h",
+        control="c",
+        data=b"",
+        transport="t",
+        metrics="",
+        load=WorkerLoad(),
+    )
+
+
+def join(registry: Registry, info: Register, now: float = 0.0) -> Worker:
+    registry.register(info.worker_id.encode(), info, now)
+    worker = registry.get(info.worker_id.encode())
+    assert worker is not None
+    return worker
+
+
+def test_a_repeated_registration_keeps_what_the_worker_holds() -> None:
+    registry = Registry(TIMEOUT)
+    worker = join(registry, registration("p"))
+    worker.assigned["r"] = 5
+    assert registry.register(b"p", registration("p"), 1.0) == []
+    assert registry.get(b"p") is worker
+    assert worker.assigned == {"r": 5}
+    assert worker.last_seen == 1.0
+
+
+def test_a_new_epoch_replaces_the_worker_and_its_state() -> None:
+    registry = Registry(TIMEOUT)
+    old = join(registry, registration("p"))
+    old.assigned["r"] = 5
+    assert registry.register(b"p", registration("p", epoch=2), 1.0) == [old]
+    new = registry.get(b"p")
+    assert new is not None
+    assert new.assigned == {}
+    assert registry.all() == [new]
+
+
+def test_a_worker_that_comes_back_under_another_link_identity_replaces_itself() -> None:
+    registry = Registry(TIMEOUT)
+    old = join(registry, registration("p"))
+    assert registry.register(b"q", registration("p", epoch=2), 1.0) == [old]
+    assert registry.get(b"p") is None
+    assert [worker.peer for worker in registry.all()] == [b"q"]
+
+
+def test_another_worker_under_the_same_link_identity_replaces_the_first() -> None:
+    registry = Registry(TIMEOUT)
+    old = join(registry, registration("p"))
+    assert registry.register(b"p", registration("other", epoch=2), 1.0) == [old]
+    assert [worker.worker_id for worker in registry.all()] == ["other"]
+
+
+def test_heartbeats_keep_alive_and_silence_loses() -> None:
+    registry = Registry(TIMEOUT)
+    worker = join(registry, registration("p"))
+    load = WorkerLoad(num_running=3)
+    assert registry.heartbeat(b"p", Heartbeat(epoch=1, load=load), now=2.0)
+    assert worker.load == load
+    assert registry.expire(now=2.0 + TIMEOUT) == []
+    assert registry.expire(now=2.1 + TIMEOUT) == [worker]
+    assert registry.expire(now=99.0) == []
+    assert registry.all() == []
+
+
+def test_heartbeats_of_strangers_and_of_former_epochs_do_not_count() -> None:
+    registry = Registry(TIMEOUT)
+    worker = join(registry, registration("p", epoch=2))
+    assert not registry.heartbeat(b"x", Heartbeat(epoch=1, load=WorkerLoad()), now=2.0)
+    assert not registry.heartbeat(b"p", Heartbeat(epoch=1, load=WorkerLoad()), now=2.0)
+    assert worker.last_seen == 0.0
+
+
+def test_a_leaving_worker_takes_no_new_requests_even_if_it_registers_again() -> None:
+    registry = Registry(TIMEOUT)
+    worker = join(registry, registration("p"))
+    registry.leave(b"p")
+    registry.leave(b"unknown")
+    registry.register(b"p", registration("p"), 1.0)
+    assert worker.state is WorkerState.LEAVING
+    assert registry.serving("prefill") == []
+    assert registry.all() == [worker]
+
+
+def test_the_least_loaded_pair_is_chosen() -> None:
+    registry = Registry(TIMEOUT)
+    for name in ("p0", "p1", "p2"):
+        join(registry, registration(name)).assigned[name] = 10
+    for name in ("d0", "d1"):
+        join(registry, registration(name, "decode")).assigned["x"] = 1
+    workers = {worker.worker_id: worker for worker in registry.all()}
+    workers["p1"].assigned = {"a": 2, "b": 3}  # two prompts, but the fewest tokens
+    workers["d1"].assigned = {}
+    pair = choose_pair(registry)
+    assert (pair.prefill.worker_id, pair.decode.worker_id) == ("p1", "d1")
+
+
+def test_load_is_the_larger_of_dispatched_and_reported() -> None:
+    worker = join(Registry(TIMEOUT), registration("p"))
+    worker.assigned = {"a": 7, "b": 5}
+    assert prefill_load(worker) == 12
+    worker.load = WorkerLoad(waiting_tokens=20)
+    assert prefill_load(worker) == 20
+    worker.load = WorkerLoad(num_running=1, num_waiting=1, open_grants=1, total_blocks=9)
+    assert decode_load(worker) == (3, 9)
+    worker.load = WorkerLoad(total_blocks=9, free_blocks=4)
+    assert decode_load(worker) == (2, 5)
+
+
+def test_equally_busy_decode_workers_are_told_apart_by_their_blocks() -> None:
+    registry = Registry(TIMEOUT)
+    join(registry, registration("p"))
+    for name, free in (("d0", 1), ("d1", 5)):
+        worker = join(registry, registration(name, "decode"))
+        worker.load = WorkerLoad(total_blocks=9, free_blocks=free)
+    assert choose_pair(registry).decode.worker_id == "d1"
+
+
+def test_a_pair_must_fit_together() -> None:
+    registry = Registry(TIMEOUT)
+    join(registry, registration("p-old", weights="aa"))
+    join(registry, registration("p-new", weights="bb")).assigned["r"] = 100
+    join(registry, registration("d-new", "decode", weights="bb"))
+    pair = choose_pair(registry)
+    assert (pair.prefill.worker_id, pair.decode.worker_id) == ("p-new", "d-new")
+
+
+def test_what_is_missing_is_named() -> None:
+    registry = Registry(TIMEOUT)
+    with pytest.raises(UnavailableError, match="no prefill worker"):
+        choose_pair(registry)
+    join(registry, registration("p", weights="aa"))
+    with pytest.raises(UnavailableError, match="no decode worker"):
+        choose_pair(registry)
+    join(registry, registration("d", "decode", weights="bb"))
+    with pytest.raises(UnavailableError, match="weights_digest: 'aa' here, 'bb' there"):
+        choose_pair(registry)
+    registry.leave(b"p")
+    with pytest.raises(UnavailableError, match="no prefill worker"):
+        choose_pair(registry)
