@@ -85,12 +85,12 @@ def measure(url: str, requests: int, prompt_tokens: int, output_tokens: int) -> 
     with httpx.Client(timeout=60) as client:
         for number in track(range(requests + 3), description="requests"):
             prompt = [rng.randrange(300, 3000) for _ in range(prompt_tokens)]
-            before = {role: scrape(page) for role, page in pages.items()}
+            before = {role: scrape(page, client) for role, page in pages.items()}
             body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "stream": True}
             body |= {"ignore_eos": True, "temperature": 0}
             arrivals = stream(client, f"{url}/v1/completions", body)
             time.sleep(0.05)  # the hand-off's last messages
-            after = {role: scrape(page) for role, page in pages.items()}
+            after = {role: scrape(page, client) for role, page in pages.items()}
             if number >= 3:  # the first ones warm up
                 rows.append(compare(arrivals, before, after))
     return {name: summary([row[name] for row in rows]) for name in rows[0]}

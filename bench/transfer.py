@@ -30,6 +30,7 @@ from typing import Annotated
 import libucx
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 PERFTEST = Path(libucx.__file__).parent / "bin" / "ucx_perftest"
@@ -135,10 +136,9 @@ def compare(
     runs: dict[tuple[str, str], list[float]] = {
         (str(case), segments): [] for case in cases for segments in SEGMENTS
     }
-    for _ in range(repeats):
-        for case in cases:
-            for segments in SEGMENTS:
-                runs[str(case), segments].append(case.measure(tls, segments, transfers))
+    schedule = [(case, segments) for case in cases for segments in SEGMENTS] * repeats
+    for case, segments in track(schedule, "measuring"):
+        runs[str(case), segments].append(case.measure(tls, segments, transfers))
     medians = {key: statistics.median(values) for key, values in runs.items()}
     best = {str(case): max(medians[str(case), segments] for segments in SEGMENTS) for case in cases}
     table = Table(title=f"{megabytes} MiB transfers over {tls}, GiB/s, median of {repeats}")
@@ -153,6 +153,7 @@ def compare(
     path = out / f"transfer-{tls}-{megabytes}MiB.json"
     record = {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.release()}",
+        "load_average_at_end": os.getloadavg(),
         "libucx": libucx.__version__,
         "unit": "GiB/s",
         "transfer_bytes": size,

@@ -215,7 +215,7 @@ def main() -> None:
 
 
 def _run(process: Coroutine[Any, Any, None]) -> None:
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     try:
         asyncio.run(process)
     except* KvferryError as group:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +57,12 @@ async def serve_router(config: RouterConfig) -> None:
         served_model_name=config.served_model_name or config.model, api_key=config.api_key
     )
     app = create_app(settings, text, dispatcher, CollectorRegistry())
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
     )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.handle_exit, number, None)
     events = asyncio.create_task(dispatcher.run())
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     try:
@@ -66,6 +72,15 @@ async def serve_router(config: RouterConfig) -> None:
     finally:
         events.cancel()
         link.close()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process: being asked to stop is not a failure."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """See uvicorn.Server."""
+        yield
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -10,6 +10,7 @@ import signal
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 
@@ -98,11 +99,10 @@ class WorkerProcess:
         ]
         stopping = asyncio.create_task(stop.wait())
         try:
-            done, _ = await asyncio.wait(
-                {*tasks, stopping, self._failed}, return_when=asyncio.FIRST_COMPLETED
-            )
-            for finished in done:
-                finished.result()
+            ends: list[asyncio.Future[Any]] = [*tasks, stopping, self._failed]
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for ended in done:
+                ended.result()
         finally:
             for task in tasks:
                 task.cancel()

@@ -9,13 +9,12 @@ is finished, or until ``flush``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
-PROMPT_TOKENS = 6  # of the prompt's end: enough to finish its last character
-MAX_PENDING = 16  # tokens; a character has at most 4 bytes, so more are not one unfinished one
-KEPT_PENDING = 4
+BYTES_OF_CHARACTER = 4  # at most, in UTF-8; no token has less than one
+PROMPT_TOKENS = 2 * BYTES_OF_CHARACTER  # of the prompt's end: a character and the next one's begin
+MAX_PENDING = 16  # tokens; so many are not one unfinished character
 
 
 class Decoder(Protocol):
@@ -34,9 +33,9 @@ class Detokenizer:
     ) -> None:
         self._decoder = decoder
         self._skip_special_tokens = skip_special_tokens
-        self._shown_ids = list(prompt_token_ids[-PROMPT_TOKENS:])
-        self._shown = self._decode(self._shown_ids)  # text of those ids
-        self._pending_ids: list[int] = []
+        shown, self._pending_ids = self._split(list(prompt_token_ids[-PROMPT_TOKENS:]))
+        self._shown_ids = shown
+        self._shown = self._decode(shown)  # text of those ids
 
     def feed(self, token_id: int) -> str:
         """The text that is certain now that this token has come; often none."""
@@ -51,7 +50,7 @@ class Detokenizer:
             return ""
         # Bytes that make no character: all but the last, which may yet begin one, are final.
         new = self._added(text)[:-1]
-        self._show(self._pending_ids[-KEPT_PENDING:])
+        self._show(self._pending_ids[-BYTES_OF_CHARACTER:])
         self._shown = self._shown[:-1]
         return new
 
@@ -68,12 +67,16 @@ class Detokenizer:
     def _added(self, text: str) -> str:
         if text.startswith(self._shown):
             return text[len(self._shown) :]
-        if text.endswith(REPLACEMENT):
-            # Byte fallback: one bad byte spoils all bytes around it, those already shown too.
-            return self._decode(self._pending_ids)
-        # The prompt ended within a character.
-        common = takewhile(lambda pair: pair[0] == pair[1], zip(self._shown, text, strict=False))
-        return text[len(list(common)) :]
+        # Byte fallback: one bad byte spoils all bytes around it, those already shown too.
+        return self._decode(self._pending_ids)
+
+    def _split(self, prompt: list[int]) -> tuple[list[int], list[int]]:
+        """The prompt's end as whole characters, and the tokens of a character cut by its end."""
+        for end in range(len(prompt), len(prompt) - BYTES_OF_CHARACTER, -1):
+            for start in range(max(end, 0)):
+                if REPLACEMENT not in self._decode(prompt[start:end]):
+                    return prompt[start:end], prompt[end:]
+        return [], []
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

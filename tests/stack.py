@@ -60,6 +60,9 @@ class Stack:
         self.control = f"ipc://{self.directory}/router.sock"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        # One for all threads: making a client takes longer than a short answer.
+        limits = httpx.Limits(max_connections=64)
+        self.client = httpx.Client(base_url=self.url, timeout=240, limits=limits)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._router_arguments = router
         self._worker_arguments = worker
@@ -128,7 +131,7 @@ class Stack:
 
     def workers(self) -> list[dict[str, Any]]:
         """``GET /admin/workers``."""
-        answer = httpx.get(f"{self.url}/admin/workers", timeout=30)
+        answer = self.client.get("/admin/workers")
         workers: list[dict[str, Any]] = answer.raise_for_status().json()["workers"]
         return workers
 
@@ -137,7 +140,7 @@ class Stack:
         total: dict[str, float] = {}
         for worker in self.workers():
             if worker["role"] == role:
-                for name, value in scrape(worker["metrics"]).items():
+                for name, value in scrape(worker["metrics"], self.client).items():
                     total[name] = total.get(name, 0.0) + value
         return total
 
@@ -165,6 +168,7 @@ class Stack:
 
     def close(self) -> dict[str, int]:
         """End every process; their exit statuses by name."""
+        self.client.close()
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -179,9 +183,9 @@ class Stack:
         return codes
 
 
-def scrape(url: str) -> dict[str, float]:
+def scrape(url: str, client: httpx.Client) -> dict[str, float]:
     """A /metrics page as ``name{label=value,...}`` to value."""
-    page = httpx.get(url, timeout=30).raise_for_status().text
+    page = client.get(url).raise_for_status().text
     samples: dict[str, float] = {}
     for family in text_string_to_metric_families(page):
         for sample in family.samples:

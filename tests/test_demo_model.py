@@ -48,6 +48,7 @@ def test_the_folder_is_small_and_complete() -> None:
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training.json",
     }
     assert sum(files.values()) < 12_000_000
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.language import Pointer, kernel
+from kernels.gpu.language import Pointer, Scalar, kernel
 from kernels.gpu.splitmix import INCREMENT, mix
 
 COLUMNS = 1024  # of a program
@@ -19,7 +19,7 @@ def gumbel_kernel(
     seeds: Pointer,  # int64 [rows]
     positions: Pointer,  # int64 [rows]
     out: Pointer,  # float32 [rows, vocab_size]
-    vocab_size: tl.int32,
+    vocab_size: Scalar,
     COLUMNS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -38,5 +38,7 @@ def gumbel_noise_triton(seeds: Tensor, positions: Tensor, vocab_size: int) -> Te
     out = torch.empty((len(seeds), vocab_size), dtype=torch.float32, device=seeds.device)
     if out.numel():
         grid = (len(seeds), triton.cdiv(vocab_size, COLUMNS))
-        gumbel_kernel[grid](seeds, positions, out, vocab_size, COLUMNS=COLUMNS)
+        gumbel_kernel[grid](
+            seeds.contiguous(), positions.contiguous(), out, vocab_size, COLUMNS=COLUMNS
+        )
     return out

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from tests.stack import IDLE, Stack, eventually
+from tests.stack import IDLE, Stack, eventually, scrape
 
 QUESTION = [{"role": "user", "content": "What does os.path.join do?"}]
 
@@ -137,11 +137,13 @@ def test_load_spreads_over_the_workers(demo: Stack) -> None:
             answers = await asyncio.gather(*(client.post(url, json=body) for _ in range(8)))
             assert all(answer.status_code == 200 for answer in answers)
 
-    from tests.stack import scrape
-
     name = "kvferry_generation_tokens_total"
-    before = {w["id"]: scrape(w["metrics"])[name] for w in demo.workers()}
+
+    def generated() -> dict[str, float]:
+        return {w["id"]: scrape(w["metrics"], demo.client)[name] for w in demo.workers()}
+
+    before = generated()
     asyncio.run(burst())
-    after = {w["id"]: scrape(w["metrics"])[name] for w in demo.workers()}
+    after = generated()
     assert all(after[worker] > before[worker] for worker in after), (before, after)
     assert eventually(lambda: demo.workers()[0]["requests"] == 0, IDLE)

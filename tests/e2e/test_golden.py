@@ -7,13 +7,14 @@ no prompt token.
 
 from __future__ import annotations
 
+import json
 import random
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.checkpoints import CHECKPOINTS, reference_greedy, write_checkpoint
@@ -22,8 +23,9 @@ from tests.stack import Stack
 B = 16  # tokens in a block
 NEW = 64  # tokens generated
 LENGTHS = (1, B - 1, B, B + 1, 2 * B, 4 * B + 3, 1500)
-AT_ONCE = (*LENGTHS, *LENGTHS, 3 * B, 7 * B - 1)
-BIG, SMALL = 2000, 110  # blocks; a prompt of 1500 with its output needs 98
+AT_ONCE = (*LENGTHS, *LENGTHS[:-1], 9 * B, 12 * B + 1, 20 * B)
+# Blocks. The longest prompt and its output need 98, so others beside it have to give way.
+BIG, SMALL = 2000, 100
 
 # Every family meets every chunk budget and both pools; the first family every combination.
 PLANS = [
@@ -55,7 +57,10 @@ def golden(name: str, directory: Path) -> tuple[Path, list[list[int]], list[list
     return path, prompts, [reference_greedy(path, prompt, NEW) for prompt in prompts]
 
 
-def complete(url: str, prompt: list[int], **options: object) -> list[int]:
+def complete(
+    stack: Stack, prompt: list[int], started: threading.Event | None = None, **options: object
+) -> list[int]:
+    """Stream a completion's token ids; ``started`` is set once the first has come."""
     body = {
         "model": "test",
         "prompt": prompt,
@@ -63,20 +68,44 @@ def complete(url: str, prompt: list[int], **options: object) -> list[int]:
         "temperature": 0,
         "ignore_eos": True,
         "return_token_ids": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
         **options,
     }
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=240)
-    assert answer.status_code == 200, answer.text
-    choice, usage = answer.json()["choices"][0], answer.json()["usage"]
-    assert choice["finish_reason"] == "length"
-    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(prompt), NEW)
-    token_ids: list[int] = choice["token_ids"]
+    token_ids: list[int] = []
+    with stack.client.stream("POST", "/v1/completions", json=body) as answer:
+        assert answer.status_code == 200, answer.read()
+        events = [line[6:] for line in _noting(answer.iter_lines(), started) if line]
+    *chunks, usage = [json.loads(event) for event in events[:-1]]
+    assert events[-1] == "[DONE]"
+    assert [c["choices"][0]["finish_reason"] for c in chunks][-1] == "length", events
+    assert usage["usage"]["prompt_tokens"] == len(prompt)
+    assert usage["usage"]["completion_tokens"] == NEW
+    for chunk in chunks:
+        token_ids += chunk["choices"][0]["token_ids"]
     return token_ids
 
 
-def complete_at_once(url: str, prompts: list[list[int]], **options: object) -> list[list[int]]:
+def _noting(lines: Iterator[str], started: threading.Event | None) -> Iterator[str]:
+    for line in lines:
+        if started is not None:
+            started.set()
+        yield line
+
+
+def complete_at_once(stack: Stack, prompts: list[list[int]], **options: object) -> list[list[int]]:
+    """All together; the longest is a head ahead, so that it decodes while the others arrive."""
+    started = threading.Event()
+    longest = max(prompts, key=len)
+
+    def one(prompt: list[int]) -> list[int]:
+        if prompt is longest:
+            return complete(stack, prompt, started, **options)
+        assert started.wait(240)
+        return complete(stack, prompt, **options)
+
     with ThreadPoolExecutor(len(prompts)) as threads:
-        return list(threads.map(lambda prompt: complete(url, prompt, **options), prompts))
+        return list(threads.map(one, prompts))
 
 
 @pytest.mark.parametrize(("name", "budget", "blocks"), PLANS)
@@ -90,9 +119,9 @@ def test_same_tokens_as_transformers(
         prefill=[["--max-num-batched-tokens", str(budget), "--num-kv-blocks", str(BIG)]],
         decode=[["--num-kv-blocks", str(blocks), "--max-num-batched-tokens", str(budget)]],
     ) as stack:
-        alone = [complete(stack.url, prompt) for prompt in prompts[: len(LENGTHS)]]
+        alone = [complete(stack, prompt) for prompt in prompts[: len(LENGTHS)]]
         assert alone == expected[: len(LENGTHS)]
-        assert complete_at_once(stack.url, prompts[len(LENGTHS) :]) == expected[len(LENGTHS) :]
+        assert complete_at_once(stack, prompts[len(LENGTHS) :]) == expected[len(LENGTHS) :]
         stack.assert_idle()
         prefill, decode = stack.metrics("prefill"), stack.metrics("decode")
 
@@ -123,10 +152,10 @@ def test_seeded_sampling_does_not_depend_on_batch_chunks_or_preemption(checkpoin
             decode=[["--num-kv-blocks", str(blocks)]],
         ) as stack:
             if blocks == BIG:
-                seen.append([complete(stack.url, p, seed=7, **options) for p in prompts])
-                other = complete(stack.url, prompts[0], seed=8, **options)
+                seen.append([complete(stack, p, seed=7, **options) for p in prompts])
+                other = complete(stack, prompts[0], seed=8, **options)
                 assert other != seen[0][0]
-            seen.append(complete_at_once(stack.url, prompts, seed=7, **options))
+            seen.append(complete_at_once(stack, prompts, seed=7, **options))
             stack.assert_idle()
             preemptions = stack.metrics("decode")["kvferry_num_preemptions_total"]
             assert (preemptions > 0) == (blocks == SMALL)
@@ -137,10 +166,10 @@ def test_a_second_prompt_moves_only_what_is_new(checkpoints: Path) -> None:
     path, prompts, expected = golden(next(iter(CHECKPOINTS)), checkpoints)
     prompt, answer = prompts[5], expected[5]
     with Stack(path, worker=["--dtype", "float32", "--block-size", str(B)]) as stack:
-        assert complete(stack.url, prompt) == answer
+        assert complete(stack, prompt) == answer
         before = stack.metrics("decode")
         follow_up = prompt + answer + [5, 6, 7]
-        assert complete(stack.url, follow_up) == reference_greedy(path, follow_up, NEW)
+        assert complete(stack, follow_up) == reference_greedy(path, follow_up, NEW)
         after = stack.metrics("decode")
         name = "kvferry_kv_transfer_bytes_total{direction=received}"
         moved = (after[name] - before[name]) / after["kvferry_kv_block_bytes"]

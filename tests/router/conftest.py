@@ -1,0 +1,147 @@
+"""A router on a real socket, with a scripted ``Generator`` in the workers' place."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from router.app import RouterSettings, create_app
+from router.generation import GenerationRequest, TokenChunk
+from router.text import TextModel
+
+MODEL = Path(__file__).parents[2] / "cli" / "demo_model"
+MAX_MODEL_LEN = 256
+PATIENCE = 20.0  # seconds
+
+HANG = "hang"  # in a script: nothing more comes
+Script = Sequence[TokenChunk | Exception | str]
+
+
+@dataclass(eq=False)
+class ScriptedGenerator:
+    """Plays ``script``, or what ``scripts`` says for the prompt, to every request."""
+
+    script: Script = ()
+    scripts: Callable[[GenerationRequest], Script] | None = None
+    max_model_len: int = MAX_MODEL_LEN
+    reason: str | None = None
+    requests: list[GenerationRequest] = field(default_factory=list)
+    num_open: int = 0
+    num_given: int = 0  # chunks
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        self.requests.append(request)
+        self.num_open += 1
+        try:
+            for item in self.scripts(request) if self.scripts else self.script:
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, str):
+                    await asyncio.Event().wait()
+                else:
+                    self.num_given += 1
+                    yield item
+                    await asyncio.sleep(0)
+        finally:
+            self.num_open -= 1
+
+    def workers(self) -> list[dict[str, Any]]:
+        return [{"id": "p", "role": "prefill"}]
+
+    def not_ready_reason(self) -> str | None:
+        return self.reason
+
+
+@dataclass(eq=False)
+class Router:
+    """A running application."""
+
+    url: str
+    port: int
+    generator: ScriptedGenerator
+    text: TextModel
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=PATIENCE)
+
+    def say(self, text: str, reason: str = "stop", *, at_once: int = 1) -> None:
+        """Script a text, ``at_once`` tokens a chunk; "stop" ends it with an EOS token."""
+        ids: list[int] = self.text.tokenizer.encode(text, add_special_tokens=False).ids
+        if reason == "stop":
+            ids = [*ids, self.text.eos_token_ids[0]]
+        chunks = [ids[i : i + at_once] for i in range(0, len(ids), at_once)]
+        self.generator.script = [
+            *(TokenChunk(chunk) for chunk in chunks[:-1]),
+            TokenChunk(chunks[-1], reason),
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """Samples by name and label values."""
+        page = httpx.get(self.url + "/metrics", timeout=PATIENCE).text
+        return {
+            " ".join((sample.name, *sample.labels.values())): sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+        }
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Poll until the condition holds; False if it never did."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.fixture(scope="session")
+def text() -> TextModel:
+    return TextModel.load(MODEL)
+
+
+@pytest.fixture
+def start(text: TextModel) -> Iterator[Callable[..., Router]]:
+    """Starts routers with the settings given; they end with the test."""
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start_one(**settings: Any) -> Router:
+        generator = ScriptedGenerator()
+        app = create_app(
+            RouterSettings(served_model_name="test", **settings),
+            text,
+            generator,
+            CollectorRegistry(),
+        )
+        config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
+        server = uvicorn.Server(config)
+        listening = socket.create_server(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        assert eventually(lambda: server.started)
+        return Router(f"http://127.0.0.1:{port}", port, generator, text)
+
+    yield start_one
+    for server, thread in running:
+        server.force_exit = server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def router(start: Callable[..., Router]) -> Router:
+    return start()
