@@ -41,18 +41,10 @@ SOURCES = {name: name for name in PARSED.split()} | {
     "genericpath": "os.path",
     "unittest.case": "unittest",
     "concurrent.futures._base": "concurrent.futures",
-    "asyncio.locks": "asyncio",
-    "asyncio.queues": "asyncio",
-    "asyncio.runners": "asyncio",
-    "asyncio.tasks": "asyncio",
-    "asyncio.timeouts": "asyncio",
+    **{f"asyncio.{m}": "asyncio" for m in ("locks", "queues", "runners", "tasks", "timeouts")},
 }
 COMPILED = {
-    "builtins": "builtins",
-    "itertools": "itertools",
-    "math": "math",
-    "sys": "sys",
-    "time": "time",
+    **{name: name for name in ("builtins", "itertools", "math", "sys", "time")},
     "posix": "os",
     "_collections": "collections",
     "_functools": "functools",
@@ -256,8 +248,15 @@ def fixed_chats(facts: list[Fact]) -> list[list[tuple[str, str]]]:
     return chats
 
 
+def opened(page: str, rng: random.Random) -> str:
+    """The page, half of the time from a random paragraph on: any of them may open a text."""
+    paragraphs = page.split("\n\n")
+    start = rng.randrange(len(paragraphs)) if rng.random() < 0.5 else 0
+    return BOS + "\n\n".join(paragraphs[start:]) + EOS
+
+
 def epoch(facts: list[Fact], pages: list[str], rng: random.Random) -> list[str]:
-    """One pass: a third of the pages, every fact in chat with a fresh phrasing, the fixed chats."""
+    """One pass: half of the pages, every fact in chat with a fresh phrasing, the fixed chats."""
     chats, last_parts = fixed_chats(facts), Counter(fact.name.split(".")[-1] for fact in facts)
     famous_modules = FAMOUS.split()
     famous = [
@@ -272,7 +271,7 @@ def epoch(facts: list[Fact], pages: list[str], rng: random.Random) -> list[str]:
         name = fact.name if " " in fact.name else rng.choice(forms)
         chats.append(ask(fact, rng.choice(QUESTIONS), name))
     rng.shuffle(chats)
-    documents = [BOS + page + EOS for page in rng.sample(pages, len(pages) // 3)]
+    documents = [opened(page, rng) for page in rng.sample(pages, len(pages) // 2)]
     while chats:
         picked = [chats.pop() for _ in range(min(len(chats), rng.choice((1, 1, 2, 3))))]
         system = [("system", rng.choice(SYSTEMS))] if rng.random() < 0.2 else []

@@ -12,6 +12,8 @@ from starlette.requests import Request
 from router.http_errors import invalid_request
 from router.schemas import Body
 
+LONG_BODY = 65_536  # bytes; a longer body is validated in a thread
+
 B = TypeVar("B", bound=Body)
 
 
@@ -24,9 +26,12 @@ async def read_body(request: Request, kind: type[B], *, max_bytes: int, seconds:
         async with asyncio.timeout(seconds):
             raw = await _read_bounded(request, max_bytes)
     except TimeoutError:
-        raise HTTPException(408, f"the body did not arrive within {seconds:g} s") from None
+        reason = f"the body did not arrive within {seconds:g} s"
+        raise HTTPException(408, reason, {"Connection": "close"}) from None
     try:
-        return kind.model_validate_json(raw)
+        if len(raw) <= LONG_BODY:
+            return kind.model_validate_json(raw)
+        return await asyncio.to_thread(kind.model_validate_json, raw)
     except ValidationError as error:
         raise invalid_request(error) from error
 

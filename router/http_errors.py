@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from protocol.errors import InvalidRequestError, KvferryError, OverloadedError
-from router.metrics import RouterMetrics
+from router.metrics import CLIENT_CLOSED_REQUEST, RouterMetrics
 
-CLIENT_CLOSED_REQUEST = 499  # nobody receives it; proxies log it under this number
+INTERNAL_ERROR = KvferryError("internal error; the server's log has details")
 
 _CODES = {
     401: "invalid_api_key",
@@ -67,13 +67,12 @@ def install(app: FastAPI, metrics: RouterMetrics) -> None:
         return JSONResponse(body, error.status_code, error.headers)
 
     async def on_disconnect(_: Request, __: Exception) -> Response:
-        metrics.failed(CLIENT_CLOSED_REQUEST, "client_closed_request")
+        metrics.client_left()
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     async def on_bug(_: Request, __: Exception) -> Response:  # the server logs the trace
-        error = KvferryError("internal error; the server's log has details")
-        metrics.failed(error.status, error.code)
-        return JSONResponse(error_body(error), error.status)
+        metrics.failed(INTERNAL_ERROR.status, INTERNAL_ERROR.code)
+        return JSONResponse(error_body(INTERNAL_ERROR), INTERNAL_ERROR.status)
 
     app.add_exception_handler(KvferryError, on_kvferry_error)
     app.add_exception_handler(HTTPException, on_http_error)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from protocol.errors import (
     ContextLengthError,
@@ -29,6 +31,7 @@ from router.stream import Choice, Job
 from router.text import TextModel
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may fill the context
+MANY_MESSAGES = 100  # more are rendered in a thread
 
 
 class Intake:
@@ -72,11 +75,14 @@ class Intake:
         self, messages: Sequence[ChatMessage], options: ChatOptions, add_special_tokens: bool
     ) -> list[int]:
         """The template itself writes special tokens such as BOS: none are added by default."""
-        text = self._text.render_chat(
+        render = partial(
+            self._text.render_chat,
             [message.for_template() for message in messages],
             add_generation_prompt=options.add_generation_prompt,
             variables=options.chat_template_kwargs,
         )
+        many = len(messages) > MANY_MESSAGES
+        text = await asyncio.to_thread(render) if many else render()
         return await self._text.encode(text, add_special_tokens=add_special_tokens)
 
     async def _prompt_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:

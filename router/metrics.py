@@ -6,6 +6,8 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+CLIENT_CLOSED_REQUEST = 499  # nobody receives it; proxies count it under this number
+
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2.5, 5, 10)
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -34,7 +36,7 @@ class RouterMetrics:
         self.latency = histogram(
             "e2e_request_latency_seconds", "From a request's arrival to its end", SLOW
         )
-        self.prompt_tokens = counter("prompt_tokens_total", "Tokens of prompts")
+        self.prompt_tokens = counter("prompt_tokens_total", "Tokens of prompts that were computed")
         self.generation_tokens = counter("generation_tokens_total", "Tokens delivered")
         self.success = counter(
             "request_success_total", "Sequences that ended well", "finished_reason"
@@ -48,6 +50,10 @@ class RouterMetrics:
         """A client was told of an error, in an answer or in a stream."""
         self.errors.labels(status=str(status), code=code).inc()
 
+    def client_left(self) -> None:
+        """A client went away before its answer was complete."""
+        self.failed(CLIENT_CLOSED_REQUEST, "client_closed_request")
+
 
 class SequenceTimer:
     """One sequence's times, from the arrival of its request."""
@@ -56,8 +62,8 @@ class SequenceTimer:
         self._metrics = metrics
         self._arrived = arrived  # time.perf_counter()
         self._first = self._last = arrived
+        self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0
-        metrics.prompt_tokens.inc(num_prompt_tokens)
 
     def tokens(self, count: int) -> None:
         """``count`` tokens came together."""
@@ -67,6 +73,7 @@ class SequenceTimer:
         self._metrics.generation_tokens.inc(count)
         if self._num_tokens == 0:
             self._first = now
+            self._metrics.prompt_tokens.inc(self._num_prompt_tokens)
             self._metrics.time_to_first_token.observe(now - self._arrived)
         else:
             for _ in range(count):

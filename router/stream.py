@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from protocol.errors import KvferryError
 from router.answers import AnswerHead, Shape, usage, whole_choice
 from router.generation import GenerationRequest, Generator
-from router.http_errors import error_body
+from router.http_errors import INTERNAL_ERROR, error_body
 from router.metrics import RouterMetrics, SequenceTimer
 from router.output import Output, Piece
 
@@ -169,27 +169,34 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write until the end or until the client goes."""
         async with aclosing(self._pieces):
-            await while_connected(receive, self._write(send))
+            try:
+                await while_connected(receive, self._write(send))
+            except ClientDisconnect:  # no answer can follow the one that began
+                self._metrics.client_left()
 
     async def _write(self, send: Send) -> None:
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
-        async with aclosing(self._events()) as events:
-            async for event in events:
-                await send(_body(b"data: " + event + b"\n\n", more_body=True))
+        try:
+            async with aclosing(self._events()) as events:
+                async for event in events:
+                    await send(_body(event, more_body=True))
+        except Exception:  # a bug: the client is told so; it is counted and logged further up
+            await send(_body(_event(error_body(INTERNAL_ERROR)), more_body=False))
+            raise
         await send(_body(b"", more_body=False))
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
             async with aclosing(self._chunks()) as chunks:
                 async for chunk in chunks:
-                    yield _encode(chunk)
+                    yield _event(chunk)
         except KvferryError as error:
             self._metrics.failed(error.status, error.code)
-            yield _encode(error_body(error))
+            yield _event(error_body(error))
             return
-        yield b"[DONE]"
+        yield b"data: [DONE]\n\n"
 
     async def _chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         job = self._job
@@ -224,8 +231,9 @@ class EventStream(Response):
             yield piece
 
 
-def _encode(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+def _event(content: dict[str, Any]) -> bytes:
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
 
 
 def _body(content: bytes, *, more_body: bool) -> Message:

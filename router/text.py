@@ -17,7 +17,7 @@ from protocol.errors import ConfigError, InvalidRequestError
 from router.chat_template import ChatTemplate
 from router.detokenizer import Detokenizer
 
-LONG_TEXT = 16_384  # characters; a longer text is tokenised beside the event loop
+LONG_TEXT = 16_384  # characters; a longer text is tokenised in a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class TextModel:
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. A long one is encoded in a thread, which releases the GIL."""
+        """Token ids of a text. A long one is encoded in a thread, beside the event loop."""
         if len(text) <= LONG_TEXT:
             return self._encode(text, add_special_tokens)
         return await asyncio.to_thread(self._encode, text, add_special_tokens)
@@ -97,7 +97,9 @@ class TextModel:
                 raise InvalidRequestError(f"{param}: no token {token_id}; {limit}", param)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike ``encode``, this releases the GIL.
+        [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
 
@@ -122,12 +124,15 @@ def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise ConfigError(f"{folder}/tokenizer_config.json: chat_template is not a template")
-    return template
+    match template:
+        case None | str():
+            return template
+        case [*entries]:  # several, by name
+            for entry in entries:
+                match entry:
+                    case {"name": "default", "template": str(source)}:
+                        return source
+    raise ConfigError(f"{folder}/tokenizer_config.json: chat_template holds no default template")
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, object]:

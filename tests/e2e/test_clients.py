@@ -120,7 +120,8 @@ def test_a_client_that_hangs_up_frees_both_workers(demo: Stack, stream: bool) ->
 
     if stream:
         with httpx.stream("POST", f"{demo.url}/v1/completions", json=body, timeout=60) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             assert eventually(running, 60)
     else:
         with pytest.raises(httpx.ReadTimeout):

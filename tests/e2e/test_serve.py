@@ -31,7 +31,7 @@ class Serve:
             text=True,
             env={**os.environ, "TMPDIR": str(directory), "COLUMNS": "160"},
         )
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
@@ -40,8 +40,14 @@ class Serve:
             self.text += line
 
     def wait(self) -> int:
-        code = self.process.wait(timeout=120)
+        try:
+            code = self.process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            raise
         self._reader.join(timeout=30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         return code
 
 
@@ -89,7 +95,7 @@ def test_children_end_with_a_killed_parent(short_directory: Path) -> None:
         (["--model", "/does/not/exist"], "/does/not/exist"),
         (["--num-kv-blocks", "2"], "KV"),
         (["--require-transport", "rc_mlx5"], "rc_mlx5"),
-        (["--block-size", "7"], "7"),
+        (["--max-model-len", "999999"], "999999"),
     ],
 )
 def test_a_worker_that_cannot_start_ends_the_command(

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,10 @@ class Router:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """Samples by name and label values."""
+        """Samples by name and label values, in the order of the labels' names."""
         page = httpx.get(self.url + "/metrics", timeout=PATIENCE).text
         return {
-            " ".join((sample.name, *sample.labels.values())): sample.value
+            " ".join((sample.name, *(v for _, v in sorted(sample.labels.items())))): sample.value
             for family in text_string_to_metric_families(page)
             for sample in family.samples
         }
@@ -112,9 +113,9 @@ def text() -> TextModel:
     return TextModel.load(MODEL)
 
 
-@pytest.fixture
-def start(text: TextModel) -> Iterator[Callable[..., Router]]:
-    """Starts routers with the settings given; they end with the test."""
+@contextmanager
+def routers(text: TextModel) -> Iterator[Callable[..., Router]]:
+    """Starts routers with the settings given; they end with the block."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start_one(**settings: Any) -> Router:
@@ -135,11 +136,20 @@ def start(text: TextModel) -> Iterator[Callable[..., Router]]:
         assert eventually(lambda: server.started)
         return Router(f"http://127.0.0.1:{port}", port, generator, text)
 
-    yield start_one
-    for server, thread in running:
-        server.force_exit = server.should_exit = True
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+    try:
+        yield start_one
+    finally:
+        for server, _ in running:
+            server.force_exit = server.should_exit = True
+        for _, thread in running:
+            thread.join(PATIENCE)
+    assert not any(thread.is_alive() for _, thread in running)
+
+
+@pytest.fixture
+def start(text: TextModel) -> Iterator[Callable[..., Router]]:
+    with routers(text) as start_one:
+        yield start_one
 
 
 @pytest.fixture
