@@ -37,7 +37,7 @@ from kvtransfer.events import (
     ReceiveFailed,
     TransferEvent,
 )
-from kvtransfer.transport import Message, Operation, Transport
+from kvtransfer.transport import AnyTransport, Message, Operation
 from kvtransfer.wire import Tag, is_run
 
 
@@ -63,7 +63,7 @@ class Receiver:
     def __init__(
         self,
         arena: Arena,
-        transport: Transport,
+        transport: AnyTransport,
         config: TransferConfig,
         counters: Counters,
         report: Callable[[TransferEvent], None],

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from kvtransfer.arena import Arena, Staging
 from kvtransfer.config import TransferConfig
 from kvtransfer.events import BlocksSent, Counters, SendFailed, TransferEvent
-from kvtransfer.transport import Connection, Operation, Transport, TransportError
+from kvtransfer.transport import AnyTransport, Connection, Operation, TransportError
 from kvtransfer.wire import Piece, Tag, cut, is_run
 
 
@@ -60,7 +60,7 @@ class Sender:
     def __init__(
         self,
         arena: Arena,
-        transport: Transport,
+        transport: AnyTransport,
         config: TransferConfig,
         counters: Counters,
         report: Callable[[TransferEvent], None],

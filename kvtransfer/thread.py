@@ -24,7 +24,7 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.events import Counters, Died, TransferEvent
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
-from kvtransfer.transport import Transport, TransportFactory
+from kvtransfer.transport import AnyTransport, TransportFactory
 from kvtransfer.wire import MAX_GRANT_ID, MAX_POSITIONS
 from protocol.errors import OverloadedError
 
@@ -53,7 +53,7 @@ class TransferThread:
         self._on_event = on_event
         self._config = config or TransferConfig()
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue(MAX_COMMANDS)
-        self._started: Future[Transport] = Future()
+        self._started: Future[AnyTransport] = Future()
         self._stopping = False
         self._counters = Counters()
         self._thread = threading.Thread(target=self._main, name="kvferry-transfer", daemon=True)
@@ -155,11 +155,11 @@ class TransferThread:
             else:
                 self._started.set_exception(error)
 
-    def _build(self, transport: Transport) -> None:
+    def _build(self, transport: AnyTransport) -> None:
         shared = (self._arena, transport, self._config, self._counters, self._on_event)
         self._sender, self._receiver = Sender(*shared), Receiver(*shared, self._run_commands)
 
-    def _serve(self, transport: Transport) -> None:
+    def _serve(self, transport: AnyTransport) -> None:
         idle = 0
         while not self._stopping:
             moved = self._run_commands()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from protocol.errors import KvferryError
 
@@ -61,7 +61,10 @@ class Message:
     handle: Any  # the transport's own
 
 
-class Transport(Protocol):
+C = TypeVar("C", bound=Connection)  # a transport's own
+
+
+class Transport(Protocol[C]):
     """One end of the data plane."""
 
     @property
@@ -72,13 +75,13 @@ class Transport(Protocol):
     def description(self) -> str:
         """Which library and which kinds of wire this end can use."""
 
-    def connect(self, address: bytes) -> Connection:
+    def connect(self, address: bytes) -> C:
         """Begin to reach a peer; a peer that is not there makes the first operations fail.
 
         Raises TransportError for an address that cannot be understood.
         """
 
-    def send(self, connection: Connection, tag: int, buffer: Buffer) -> Operation:
+    def send(self, connection: C, tag: int, buffer: Buffer) -> Operation:
         """Begin to send; raises TransportError when the connection is known to be lost."""
 
     def probe(self) -> Message | None:
@@ -96,7 +99,7 @@ class Transport(Protocol):
     def wake(self) -> None:
         """End a ``wait``, from any thread."""
 
-    def close(self, connection: Connection) -> None:
+    def close(self, connection: C) -> None:
         """Give the peer up. Operations on it that have not ended fail in later ``progress``."""
 
     def close_incoming(self) -> None:
@@ -106,4 +109,5 @@ class Transport(Protocol):
         """Close everything; every operation has ended when this returns."""
 
 
-TransportFactory = Callable[[], Transport]
+AnyTransport = Transport[Any]
+TransportFactory = Callable[[], AnyTransport]
