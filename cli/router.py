@@ -58,7 +58,9 @@ async def serve_router(config: RouterConfig) -> None:
     )
     app = create_app(settings, text, dispatcher, CollectorRegistry())
     server = _Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
+        uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off", ws="none"
+        )
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -19,6 +19,22 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import assert_never
 
+from decode.admission_events import (
+    Abandon,
+    Action,
+    Admit,
+    Cancelled,
+    Closed,
+    CloseReceive,
+    Event,
+    FromPeer,
+    OpenReceive,
+    Received,
+    ReceiveFailed,
+    Reply,
+    Report,
+    Tick,
+)
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from protocol.errors import (
@@ -35,7 +51,6 @@ from protocol.messages import (
     GrantRefused,
     GrantRequest,
     Handoff,
-    Message,
     RequestFailed,
     Revoke,
 )
@@ -47,107 +62,6 @@ class GrantState(Enum):
     PENDING = auto()
     OPEN = auto()
     CLOSING = auto()
-
-
-# Events ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class FromPeer:
-    """A prefill worker sent a message."""
-
-    peer: bytes
-    message: GrantRequest | Handoff | Revoke
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """Blocks of a grant are in place."""
-
-    grant_id: int
-    first: int
-    digests: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiveFailed:
-    """A receive under the grant ended without its data."""
-
-    grant_id: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """No receive under the grant is left; its blocks may be reused."""
-
-    grant_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """The router lost interest."""
-
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed or blocks became free."""
-
-
-Event = FromPeer | Received | ReceiveFailed | Closed | Cancelled | Tick
-
-# Actions -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Send a control message to a prefill worker."""
-
-    peer: bytes
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class OpenReceive:
-    """Let the transport write these blocks under the grant."""
-
-    grant_id: int
-    blocks: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class CloseReceive:
-    """Stop the transport from writing under the grant; it answers with Closed."""
-
-    grant_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Admit:
-    """Give the sequence to the scheduler; without blocks it is computed anew."""
-
-    sequence: Sequence
-    router_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Abandon:
-    """Take the sequence out of the scheduler, if it is there."""
-
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Send the router a failure."""
-
-    router_id: str
-    message: RequestFailed
-
-
-Action = Reply | OpenReceive | CloseReceive | Admit | Abandon | Report
 
 
 @dataclass(slots=True, eq=False)
@@ -269,8 +183,9 @@ class Admission:
             return refused(ProtocolError.code, f"the workers' KV does not fit: {difference}")
         if request.request_id in self._by_request:
             return refused(ProtocolError.code, f"request {request.request_id} has a grant already")
-        # A sequence alone in the pool must be able to reach its end.
-        needed = self._pool.blocks_for(len(request.token_ids) + request.sampling.max_tokens)
+        # A sequence alone in the pool must be able to reach its end; its last token needs no KV.
+        most_tokens = len(request.token_ids) + request.sampling.max_tokens - 1
+        needed = self._pool.blocks_for(most_tokens)
         if needed > self._pool.num_blocks:
             message = f"needs {needed} KV blocks, the decode pool has {self._pool.num_blocks}"
             return refused(ContextLengthError.code, message)

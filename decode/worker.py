@@ -15,10 +15,10 @@ from typing import assert_never
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from decode.admission import (
+from decode.admission import Admission
+from decode.admission_events import (
     Abandon,
     Action,
-    Admission,
     Admit,
     Cancelled,
     Closed,

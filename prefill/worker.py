@@ -19,7 +19,8 @@ from engine.sequence import Sequence
 from engine.thread import EngineThread
 from kvtransfer.events import BlocksSent, SendFailed, TransferEvent
 from kvtransfer.thread import TransferThread
-from prefill.handoff import (
+from prefill.handoff import Handoffs
+from prefill.handoff_events import (
     Abandon,
     Action,
     Allow,
@@ -27,7 +28,6 @@ from prefill.handoff import (
     Cancelled,
     Computed,
     Event,
-    Handoffs,
     Queued,
     Report,
     Ship,

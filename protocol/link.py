@@ -2,7 +2,8 @@
 
 Sends never block: a full queue or an unknown peer makes ``send`` return False. What cannot be
 decoded is counted and dropped. Between hosts a link is encrypted with CURVE: every process of a
-cluster holds the same secret key, and whoever lacks it cannot connect.
+cluster holds the same secret key. A client must know the server's public key to connect; it is
+derived from the secret and never sent in clear, so whoever lacks the secret cannot connect.
 """
 
 from __future__ import annotations

@@ -54,10 +54,11 @@ class Stack:
         decode: Sequence[Sequence[str]] = ((),),
         router: Sequence[str] = (),
         worker: Sequence[str] = (),
+        control: str | None = None,
     ) -> None:
         self.model = str(model)
         self.directory = Path(tempfile.mkdtemp(prefix="kvferry-test-"))
-        self.control = f"ipc://{self.directory}/router.sock"
+        self.control = control or f"ipc://{self.directory}/router.sock"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         # One for all threads: making a client takes longer than a short answer.

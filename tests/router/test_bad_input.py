@@ -203,6 +203,7 @@ def test_a_long_prompt_says_both_numbers(router: Router) -> None:
     assert "300" in content["message"]
     assert str(MAX_MODEL_LEN) in content["message"]
     assert content["param"] == "prompt"
+    error(router.post(TEXT, prompt=[7] * MAX_MODEL_LEN), 400)
     messages = [{"role": "user", "content": "word " * 300}]
     assert error(router.post(CHAT, messages=messages), 400)["param"] == "messages"
     content = error(router.post(TEXT, prompt=[7] * 6, max_tokens=251), 400)
@@ -257,6 +258,13 @@ def test_a_large_body(start: Callable[..., Router]) -> None:
 
     error(httpx.post(router.url + TEXT, content=parts(), timeout=PATIENCE), 413)
     assert len(router.generator.requests) == 1
+
+
+def test_a_body_declared_too_large_is_not_waited_for(router: Router) -> None:
+    with socket.create_connection(("127.0.0.1", router.port), timeout=PATIENCE) as client:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\n"
+        client.sendall(head)
+        assert client.recv(1000).startswith(b"HTTP/1.1 413")
 
 
 def test_a_body_that_does_not_arrive(start: Callable[..., Router]) -> None:

@@ -293,6 +293,10 @@ def test_metrics(router: Router) -> None:
     assert metrics["kvferry_time_to_first_token_seconds_count"] == 2
     assert metrics["kvferry_inter_token_latency_seconds_count"] == 2 * (num_tokens - 1)
     assert metrics["kvferry_request_time_per_output_token_seconds_count"] == 2
+    means = metrics["kvferry_request_time_per_output_token_seconds_sum"]
+    between = metrics["kvferry_inter_token_latency_seconds_sum"]
+    assert between == pytest.approx(means * (num_tokens - 1))
+    assert 0 < between < metrics["kvferry_e2e_request_latency_seconds_sum"]
     assert metrics["kvferry_e2e_request_latency_seconds_count"] == 2
     assert metrics["kvferry_http_errors_total invalid_request 400"] == 1
     assert metrics["kvferry_num_requests_running"] == 0

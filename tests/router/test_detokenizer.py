@@ -143,6 +143,15 @@ def test_bytes_that_make_no_character_do_not_pile_up() -> None:
     assert shown + detokenizer.flush() == BYTE_LEVEL.decode([first_byte] * 10 * MAX_PENDING)
 
 
+def test_a_bad_byte_leaves_what_was_shown_alone() -> None:
+    tokenizer = TOKENIZERS["metaspace, byte fallback"]
+    smile = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()]
+    letter = tokenizer.token_to_id("a")
+    ids = [*smile, smile[0], letter]
+    assert "".join(pieces(tokenizer, [], ids)) == "😀\ufffda"
+    assert "".join(pieces(tokenizer, [], ids[:-1])) == "😀\ufffd"
+
+
 def test_special_tokens_are_hidden_or_shown() -> None:
     ids = [*encode(BYTE_LEVEL, "a"), 1, *encode(BYTE_LEVEL, " b")]
     assert "".join(pieces(BYTE_LEVEL, [], ids)) == "a b"

@@ -48,6 +48,11 @@ def test_across_a_cut(cut: int) -> None:
     assert search.matched
 
 
+def test_the_first_to_end_counts_and_of_those_the_longest() -> None:
+    assert StopStrings(["abcd", "c", "bc"]).feed("xabcd") == "xa"
+    assert StopStrings(["abcd", "c", "bc"], include=True).feed("xabcd") == "xabc"
+
+
 def test_nothing_comes_after_a_match() -> None:
     search = StopStrings(["b"])
     assert search.feed("ab") == "a"

@@ -1,0 +1,108 @@
+"""What happens to a grant on decode's side (events), and what it asks for (actions)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.sequence import Sequence
+from protocol.messages import GrantRequest, Handoff, Message, RequestFailed, Revoke
+
+# Events ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FromPeer:
+    """A prefill worker sent a message."""
+
+    peer: bytes
+    message: GrantRequest | Handoff | Revoke
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Blocks of a grant are in place."""
+
+    grant_id: int
+    first: int
+    digests: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveFailed:
+    """A receive under the grant ended without its data."""
+
+    grant_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """No receive under the grant is left; its blocks may be reused."""
+
+    grant_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The router lost interest."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed or blocks became free."""
+
+
+Event = FromPeer | Received | ReceiveFailed | Closed | Cancelled | Tick
+
+# Actions -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Send a control message to a prefill worker."""
+
+    peer: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class OpenReceive:
+    """Let the transport write these blocks under the grant."""
+
+    grant_id: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CloseReceive:
+    """Stop the transport from writing under the grant; it answers with Closed."""
+
+    grant_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Give the sequence to the scheduler; without blocks it is computed anew."""
+
+    sequence: Sequence
+    router_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Take the sequence out of the scheduler, if it is there."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Send the router a failure."""
+
+    router_id: str
+    message: RequestFailed
+
+
+Action = Reply | OpenReceive | CloseReceive | Admit | Abandon | Report
