@@ -50,13 +50,13 @@ def write_cluster_key(path: Path) -> None:
 
 
 class _Link:
-    def __init__(self, kind: int, cluster_key: bytes | None) -> None:
+    def __init__(self, kind: int, endpoint: str, cluster_key: bytes | None) -> None:
         self.dropped: Counter[str] = Counter()  # messages, by reason
         self._socket = zmq.asyncio.Context.instance().socket(kind)
         self._socket.set_hwm(HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        self._socket.setsockopt(zmq.IPV6, 1)
+        self._socket.setsockopt(zmq.IPV6, "[" in endpoint)  # tcp://[::1]:8100
         if cluster_key is not None:
             self._socket.curve_secretkey = cluster_key
             self._socket.curve_publickey = zmq.curve_public(cluster_key)
@@ -87,7 +87,7 @@ class Server(_Link):
     """The bound end. Peers are named by the identity they chose."""
 
     def __init__(self, endpoint: str, cluster_key: bytes | None = None) -> None:
-        super().__init__(zmq.ROUTER, cluster_key)
+        super().__init__(zmq.ROUTER, endpoint, cluster_key)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if cluster_key is not None:
@@ -116,7 +116,7 @@ class Client(_Link):
     """The connecting end; reconnects by itself."""
 
     def __init__(self, endpoint: str, identity: str, cluster_key: bytes | None = None) -> None:
-        super().__init__(zmq.DEALER, cluster_key)
+        super().__init__(zmq.DEALER, endpoint, cluster_key)
         self.endpoint = endpoint
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)  # ms
         self._socket.setsockopt_string(zmq.IDENTITY, identity)
