@@ -207,11 +207,12 @@ async def _stop(children: list[Child]) -> None:
 
 
 def _print_state(config: ServeConfig, console: Console) -> None:
-    table = Table("worker", "role", "pid", "model", "transport", "KV blocks", "address")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("worker", "pid", "model", "transport", "KV blocks", "address"):
+        table.add_column(heading, overflow="fold")
     for worker in _get(config, "/admin/workers")["workers"]:
         table.add_row(
             worker["id"],
-            worker["role"],
             str(worker["pid"]),
             Path(worker["model"]).name,
             worker["transport"].rpartition("): ")[2],  # without the library's version and path
