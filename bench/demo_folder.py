@@ -59,6 +59,7 @@ cosine decay for each pass. The figures of each pass, as `training.json` has the
 
 {table}
 
+`train_loss` is the mean of the last 50 steps;
 `held_out_page_loss` is measured on pages of the language reference left out of the training.
 `recall` is the share of answers reproduced word for word by greedy decoding, over every tenth name
 the model was taught; `recall_rephrased` asks in a phrasing that the training never showed.

@@ -6,8 +6,9 @@ of kvferry and no transformers is imported.
 
     python bench/train_demo_model.py --out DIR --steps 2000
     python bench/train_demo_model.py --out DIR --steps 300 --resume --length 2048 --rate 0.4
+    python bench/train_demo_model.py --out DIR --steps 150 --resume --rate 0.15
 
-The second pass teaches the positions beyond 512.
+The second pass teaches the positions beyond 512, the third refreshes short chats.
 The result depends on the seed, the steps, the threads and Python's version alone, as far as torch
 is deterministic on the machine; `--minutes` is a safety stop that ends the schedule early.
 """

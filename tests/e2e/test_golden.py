@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import random
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -24,8 +25,11 @@ B = 16  # tokens in a block
 NEW = 64  # tokens generated
 LENGTHS = (1, B - 1, B, B + 1, 2 * B, 4 * B + 3, 1500)
 AT_ONCE = (*LENGTHS, *LENGTHS[:-1], 9 * B, 12 * B + 1, 20 * B)
-# Blocks. The longest prompt and its output need 98, so others beside it have to give way.
-BIG, SMALL = 2000, 100
+# Blocks. SMALL just holds the longest prompt with its output. The growing requests start with 25
+# blocks each and end with 45, so that in SMALL they drive each other out, however fast it goes.
+BIG, SMALL = 2000, 98
+MAX_LEN = SMALL * B
+GROWING, GROWN = (400, 400, 400), 320
 
 # Every family meets every chunk budget and both pools; the first family every combination.
 PLANS = [
@@ -45,26 +49,51 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     golden.cache_clear()
 
 
+@dataclass(frozen=True)
+class Case:
+    """A prompt and the tokens that transformers generates after it."""
+
+    prompt: list[int]
+    expected: list[int]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A checkpoint and its cases: each alone, all at once, and with more output beside those."""
+
+    path: Path
+    alone: list[Case]
+    at_once: list[Case]
+    growing: list[Case]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """All prompts, no two alike."""
+        return [case.prompt for case in (*self.alone, *self.at_once, *self.growing)]
+
+
 @cache
-def golden(name: str, directory: Path) -> tuple[Path, list[list[int]], list[list[int]]]:
-    """The checkpoint, the prompts and what transformers generates: first alone, then at once."""
+def golden(name: str, directory: Path) -> Golden:
+    """Write the checkpoint and ask transformers."""
     spec = CHECKPOINTS[name]
-    path = directory / name
-    if not path.exists():
-        write_checkpoint(spec, path)
+    path = write_checkpoint(spec, directory / name)
     rng = random.Random(name)
-    prompts = [[rng.randrange(spec.vocab_size) for _ in range(n)] for n in (*LENGTHS, *AT_ONCE)]
-    return path, prompts, [reference_greedy(path, prompt, NEW) for prompt in prompts]
+
+    def cases(lengths: Iterable[int], new: int) -> list[Case]:
+        prompts = [[rng.randrange(spec.vocab_size) for _ in range(n)] for n in lengths]
+        return [Case(prompt, reference_greedy(path, prompt, new)) for prompt in prompts]
+
+    return Golden(path, cases(LENGTHS, NEW), cases(AT_ONCE, NEW), cases(GROWING, GROWN))
 
 
 def complete(
-    stack: Stack, prompt: list[int], started: threading.Event | None = None, **options: object
+    stack: Stack, prompt: list[int], new: int = NEW, started: Event | None = None, **options: object
 ) -> list[int]:
     """Stream a completion's token ids; ``started`` is set once the first has come."""
     body = {
         "model": "test",
         "prompt": prompt,
-        "max_tokens": NEW,
+        "max_tokens": new,
         "temperature": 0,
         "ignore_eos": True,
         "return_token_ids": True,
@@ -80,82 +109,84 @@ def complete(
     assert events[-1] == "[DONE]"
     assert [c["choices"][0]["finish_reason"] for c in chunks][-1] == "length", events
     assert usage["usage"]["prompt_tokens"] == len(prompt)
-    assert usage["usage"]["completion_tokens"] == NEW
+    assert usage["usage"]["completion_tokens"] == new
     for chunk in chunks:
         token_ids += chunk["choices"][0]["token_ids"]
     return token_ids
 
 
-def _noting(lines: Iterator[str], started: threading.Event | None) -> Iterator[str]:
+def _noting(lines: Iterator[str], started: Event | None) -> Iterator[str]:
     for line in lines:
         if started is not None:
             started.set()
         yield line
 
 
-def complete_at_once(stack: Stack, prompts: list[list[int]], **options: object) -> list[list[int]]:
-    """All together; the longest is a head ahead, so that it decodes while the others arrive."""
-    started = threading.Event()
-    longest = max(prompts, key=len)
-
-    def one(prompt: list[int]) -> list[int]:
-        if prompt is longest:
-            return complete(stack, prompt, started, **options)
-        assert started.wait(240)
-        return complete(stack, prompt, **options)
-
-    with ThreadPoolExecutor(len(prompts)) as threads:
-        return list(threads.map(one, prompts))
+def complete_all(
+    stack: Stack, at_once: list[Case], growing: list[Case], **options: object
+) -> list[list[int]]:
+    """The growing ones first; once they generate, all others at the same time."""
+    with ThreadPoolExecutor(len(at_once) + len(growing)) as threads:
+        running = []
+        for case in growing:
+            started = Event()
+            arguments = (stack, case.prompt, GROWN, started)
+            running.append((started, threads.submit(complete, *arguments, **options)))
+        for started, _ in running:
+            assert started.wait(240)
+        others = [threads.submit(complete, stack, case.prompt, **options) for case in at_once]
+        return [answer.result() for answer in (*others, *(answer for _, answer in running))]
 
 
 @pytest.mark.parametrize(("name", "budget", "blocks"), PLANS)
 def test_same_tokens_as_transformers(
     checkpoints: Path, name: str, budget: int, blocks: int
 ) -> None:
-    path, prompts, expected = golden(name, checkpoints)
+    cases = golden(name, checkpoints)
     with Stack(
-        path,
-        worker=["--dtype", "float32", "--block-size", str(B), "--max-model-len", "1600"],
+        cases.path,
+        worker=["--dtype", "float32", "--block-size", str(B), "--max-model-len", str(MAX_LEN)],
         prefill=[["--max-num-batched-tokens", str(budget), "--num-kv-blocks", str(BIG)]],
         decode=[["--num-kv-blocks", str(blocks), "--max-num-batched-tokens", str(budget)]],
     ) as stack:
-        alone = [complete(stack, prompt) for prompt in prompts[: len(LENGTHS)]]
-        assert alone == expected[: len(LENGTHS)]
-        assert complete_at_once(stack, prompts[len(LENGTHS) :]) == expected[len(LENGTHS) :]
+        for case in cases.alone:
+            assert complete(stack, case.prompt) == case.expected
+        together = complete_all(stack, cases.at_once, cases.growing)
+        assert together == [case.expected for case in (*cases.at_once, *cases.growing)]
         stack.assert_idle()
         prefill, decode = stack.metrics("prefill"), stack.metrics("decode")
 
     # It really disaggregates.
-    assert prefill["kvferry_prompt_tokens_computed_total"] == sum(map(len, prompts))
+    assert prefill["kvferry_prompt_tokens_computed_total"] == sum(map(len, cases.prompts))
     assert decode["kvferry_prompt_tokens_computed_total"] == 0
-    lacked = sum(-(-len(prompt) // B) for prompt in prompts)
     if blocks == BIG:
         assert decode["kvferry_num_preemptions_total"] == 0
         assert decode["kvferry_recomputed_tokens_total"] == 0
     else:
         assert decode["kvferry_num_preemptions_total"] > 0
+    lacked = sum(-(-len(prompt) // B) for prompt in cases.prompts)
     moved = lacked * decode["kvferry_kv_block_bytes"]
     assert prefill["kvferry_kv_transfer_bytes_total{direction=sent}"] == moved
     assert decode["kvferry_kv_transfer_bytes_total{direction=received}"] == moved
 
 
 def test_seeded_sampling_does_not_depend_on_batch_chunks_or_preemption(checkpoints: Path) -> None:
-    path, prompts, _ = golden(next(iter(CHECKPOINTS)), checkpoints)
-    prompts = prompts[len(LENGTHS) :]
-    options = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "presence_penalty": 0.3}
+    cases = golden("llama", checkpoints)
+    options = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "presence_penalty": 0.3, "seed": 7}
     seen: list[list[list[int]]] = []
     for budget, blocks in ((512, BIG), (B, SMALL)):
         with Stack(
-            path,
-            worker=["--dtype", "float32", "--block-size", str(B), "--max-model-len", "1600"],
+            cases.path,
+            worker=["--dtype", "float32", "--block-size", str(B), "--max-model-len", str(MAX_LEN)],
             prefill=[["--max-num-batched-tokens", str(budget)]],
             decode=[["--num-kv-blocks", str(blocks)]],
         ) as stack:
             if blocks == BIG:
-                seen.append([complete(stack, p, seed=7, **options) for p in prompts])
-                other = complete(stack, prompts[0], seed=8, **options)
-                assert other != seen[0][0]
-            seen.append(complete_at_once(stack, prompts, seed=7, **options))
+                alone = [complete(stack, case.prompt, **options) for case in cases.at_once]
+                alone += [complete(stack, case.prompt, GROWN, **options) for case in cases.growing]
+                seen.append(alone)
+                assert complete(stack, cases.at_once[0].prompt, **options | {"seed": 8}) != alone[0]
+            seen.append(complete_all(stack, cases.at_once, cases.growing, **options))
             stack.assert_idle()
             preemptions = stack.metrics("decode")["kvferry_num_preemptions_total"]
             assert (preemptions > 0) == (blocks == SMALL)
@@ -163,13 +194,13 @@ def test_seeded_sampling_does_not_depend_on_batch_chunks_or_preemption(checkpoin
 
 
 def test_a_second_prompt_moves_only_what_is_new(checkpoints: Path) -> None:
-    path, prompts, expected = golden(next(iter(CHECKPOINTS)), checkpoints)
-    prompt, answer = prompts[5], expected[5]
-    with Stack(path, worker=["--dtype", "float32", "--block-size", str(B)]) as stack:
-        assert complete(stack, prompt) == answer
+    cases = golden("llama", checkpoints)
+    case = cases.alone[5]
+    with Stack(cases.path, worker=["--dtype", "float32", "--block-size", str(B)]) as stack:
+        assert complete(stack, case.prompt) == case.expected
         before = stack.metrics("decode")
-        follow_up = prompt + answer + [5, 6, 7]
-        assert complete(stack, follow_up) == reference_greedy(path, follow_up, NEW)
+        follow_up = [*case.prompt, *case.expected, 5, 6, 7]
+        assert complete(stack, follow_up) == reference_greedy(cases.path, follow_up, NEW)
         after = stack.metrics("decode")
         name = "kvferry_kv_transfer_bytes_total{direction=received}"
         moved = (after[name] - before[name]) / after["kvferry_kv_block_bytes"]
