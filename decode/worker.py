@@ -145,12 +145,6 @@ class DecodeWorker:
             case _:
                 log.warning("unexpected %s from the transfer", type(event).__name__)
 
-    def check_integrity(self) -> None:
-        """Assert that every block reference has exactly one owner."""
-        self._pool.check_integrity(
-            [*self._scheduler.owned_blocks(), *self._admission.owned_blocks()]
-        )
-
     async def _steps(self) -> None:
         while True:
             batch = self._scheduler.schedule()

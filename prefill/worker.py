@@ -142,12 +142,6 @@ class PrefillWorker:
             case _:
                 log.warning("unexpected %s from the transfer", type(event).__name__)
 
-    def check_integrity(self) -> None:
-        """Assert that every block reference has exactly one owner."""
-        self._pool.check_integrity(
-            [*self._scheduler.owned_blocks(), *self._handoffs.owned_blocks()]
-        )
-
     async def _steps(self) -> None:
         while True:
             for sequence in list(self._scheduler.prompts_to_offer()):

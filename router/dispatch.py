@@ -6,7 +6,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,8 +74,6 @@ class Dispatcher:
         self._max_num_requests = max_num_requests
         self._registry = Registry(HEARTBEAT_INTERVAL * HEARTBEATS_MISSED)
         self._running: dict[str, _Running] = {}
-        self.workers_lost = 0
-        self.stray_messages: Counter[str] = Counter()
 
     # Generator -------------------------------------------------------------------------------
 
@@ -180,7 +177,7 @@ class Dispatcher:
             case RequestFailed():
                 self._from_worker(peer, message.request_id, message)
             case _:
-                self.stray_messages[type(message).__name__] += 1
+                log.warning("unexpected %s from a worker", type(message).__name__)
 
     def _from_worker(
         self, peer: bytes, request_id: str, event: FirstToken | TokenUpdate | RequestFailed
@@ -202,7 +199,6 @@ class Dispatcher:
 
     def _lose(self, worker: Worker, reason: str) -> None:
         log.warning("worker %s lost: %s", worker.worker_id, reason)
-        self.workers_lost += 1
         for running in list(self._running.values()):
             if worker in (running.pair.prefill, running.pair.decode):
                 self._handle(running, WorkerLost(worker.worker_id))
