@@ -46,8 +46,13 @@ def is_local(endpoint: str) -> bool:
     url = urlsplit(endpoint)
     if url.scheme == "ipc":
         return True
+    return is_loopback(url.hostname or "")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address leads to this host alone."""
     try:
-        return ipaddress.ip_address(socket.gethostbyname(url.hostname or "")).is_loopback
+        return ipaddress.ip_address(socket.getaddrinfo(host, None)[0][4][0]).is_loopback
     except OSError:
         return False
 

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import zmq.asyncio
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from cli.options import (
     ApiKey,
+    ApiKeyFile,
     BlockSize,
     ClusterKey,
     Device,
@@ -25,6 +26,7 @@ from cli.options import (
     Format,
     GpuUtilization,
     Host,
+    Insecure,
     KVCacheMemory,
     MaxBatchedTokens,
     MaxModelLen,
@@ -59,6 +61,8 @@ def serve(
     port: Port = 8000,
     served_model_name: ServedName = None,
     api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    insecure: Insecure = False,
     request_timeout: RequestTimeout = 600.0,
     max_num_requests: MaxNumRequests = 1024,
     device: Device = "auto",
@@ -76,8 +80,8 @@ def serve(
     """Run a router and its workers as separate processes on this host."""
     from cli.serve import ServeConfig, serve
 
-    if api_key:
-        os.environ["KVFERRY_API_KEY"] = api_key  # not on the router's command line
+    keys = _api_keys(api_key, api_key_file)
+    os.environ["KVFERRY_API_KEY"] = " ".join(keys)  # not on the router's command line
     name = served_model_name or _default_name(model)
     config = ServeConfig(
         model=_checkpoint(model),
@@ -85,11 +89,12 @@ def serve(
         num_decode=decode,
         host=host,
         port=port,
-        api_key=api_key,
+        api_key=keys[0] if keys else None,
         router_args=_arguments(
             served_model_name=name,
             request_timeout=request_timeout,
             max_num_requests=max_num_requests,
+            insecure=insecure,
         ),
         worker_args=_arguments(
             device=device,
@@ -118,6 +123,8 @@ def router(
     ] = "tcp://127.0.0.1:8100",
     served_model_name: ServedName = None,
     api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    insecure: Insecure = False,
     request_timeout: RequestTimeout = 600.0,
     max_num_requests: MaxNumRequests = 1024,
     cluster_key_file: ClusterKey = None,
@@ -132,7 +139,8 @@ def router(
         port=port,
         control=control,
         cluster_key_file=cluster_key_file,
-        api_key=api_key,
+        api_keys=_api_keys(api_key, api_key_file),
+        insecure=insecure,
         request_timeout=request_timeout,
         max_num_requests=max_num_requests,
     )
@@ -229,9 +237,18 @@ def _leaves(group: BaseExceptionGroup[KvferryError]) -> Iterator[BaseException]:
         yield from _leaves(error) if isinstance(error, BaseExceptionGroup) else (error,)
 
 
-def _exit(error: BaseException) -> None:
+def _exit(error: BaseException) -> NoReturn:
     sys.stderr.write(f"error: {error}\n")
     raise typer.Exit(1)
+
+
+def _api_keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
+    from router.api_keys import read_api_keys
+
+    try:
+        return (*(given or ()), *(read_api_keys(path) if path else ()))
+    except ConfigError as error:
+        _exit(error)
 
 
 def _default_name(model: str) -> str:
@@ -243,13 +260,14 @@ def _checkpoint(model: str) -> str:
 
 
 def _arguments(**options: object) -> list[str]:
-    """Options as command line arguments; those that are None keep their default."""
-    return [
-        word
-        for name, value in options.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    """Options as command line arguments; those that are None or False keep their default."""
+    words = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                words.append(str(value))
+    return words
 
 
 if __name__ == "__main__":

@@ -16,8 +16,17 @@ ServedName = Annotated[
     str | None, typer.Option(help="The model's name in the API. Default: --model.")
 ]
 ApiKey = Annotated[
-    str | None,
-    typer.Option(envvar="KVFERRY_API_KEY", help="Clients must send it as a bearer token."),
+    list[str] | None,
+    typer.Option(
+        envvar="KVFERRY_API_KEY",
+        help="Bearer token that lets a client in; may be given repeatedly.",
+    ),
+]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option(help="File with such tokens, one a line, readable by its owner only.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Listen for other hosts without any API key.")
 ]
 RequestTimeout = Annotated[float, typer.Option(help="Seconds a request may take.", min=1)]
 MaxNumRequests = Annotated[

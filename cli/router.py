@@ -13,12 +13,14 @@ from pathlib import Path
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from cli.addresses import is_local
+from cli.addresses import is_local, is_loopback
 from engine.checkpoint import resolve_checkpoint
 from protocol.errors import ConfigError
 from protocol.link import Server, read_cluster_key
+from router.api_keys import ApiKeys
 from router.app import RouterSettings, create_app
 from router.dispatch import Dispatcher
+from router.http_protocol import BoundedHttpProtocol
 from router.text import TextModel
 
 
@@ -32,7 +34,8 @@ class RouterConfig:
     port: int
     control: str  # ZMQ endpoint for the workers
     cluster_key_file: Path | None = None
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
+    insecure: bool = False  # let everybody in, from other hosts too
     request_timeout: float = 600.0  # seconds
     max_num_requests: int = 1024
 
@@ -44,6 +47,11 @@ async def serve_router(config: RouterConfig) -> None:
             f"--control {config.control} is reachable from other hosts: give --cluster-key-file "
             "(make one with `kvferry keygen FILE`)"
         )
+    if not config.api_keys and not config.insecure and not is_loopback(config.host):
+        raise ConfigError(
+            f"--host {config.host} is reachable from other hosts: give --api-key-file or set "
+            "KVFERRY_API_KEY, or let everybody in with --insecure"
+        )
     key = read_cluster_key(config.cluster_key_file) if config.cluster_key_file else None
     text = TextModel.load(resolve_checkpoint(config.model, weights=False))
     listening = _listen(config.host, config.port)
@@ -54,12 +62,18 @@ async def serve_router(config: RouterConfig) -> None:
         max_num_requests=config.max_num_requests,
     )
     settings = RouterSettings(
-        served_model_name=config.served_model_name or config.model, api_key=config.api_key
+        served_model_name=config.served_model_name or config.model,
+        api_keys=ApiKeys(config.api_keys),
     )
     app = create_app(settings, text, dispatcher, CollectorRegistry())
     server = _Server(
         uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off", ws="none"
+            app,
+            http=BoundedHttpProtocol,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+            lifespan="off",
+            ws="none",
         )
     )
     loop = asyncio.get_running_loop()

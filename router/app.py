@@ -5,10 +5,9 @@ Owns routes, authorisation and the bounds on bodies. ``intake`` validates, ``str
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -19,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from router import http_errors
+from router.api_keys import ApiKeys
 from router.body import read_body
 from router.generation import Generator
 from router.intake import Intake
@@ -38,10 +38,10 @@ B = TypeVar("B", bound=Body)
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """What the HTTP half is told at start. Without an ``api_key`` everybody is let in."""
+    """What the HTTP half is told at start."""
 
     served_model_name: str
-    api_key: str | None = None
+    api_keys: ApiKeys = field(default_factory=ApiKeys)
     max_body_bytes: int = 4 << 20
     body_timeout: float = 60.0  # seconds until a body must have arrived
 
@@ -54,7 +54,7 @@ def create_app(
     intake = Intake(settings.served_model_name, text, generator)
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     http_errors.install(app, metrics)
-    guarded = [Depends(_authorize(settings.api_key))]
+    guarded = [Depends(_authorize(settings.api_keys))]
     app.include_router(_health_routes(generator, registry))
     app.include_router(_api_routes(settings, intake, generator, metrics), dependencies=guarded)
     app.include_router(_token_routes(settings, intake, text, generator), dependencies=guarded)
@@ -158,18 +158,11 @@ async def _read(request: Request, kind: type[B], settings: RouterSettings) -> B:
     )
 
 
-def _authorize(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
-    """A dependency that lets requests with the key pass; all of them where there is no key.
-
-    Keys are compared in constant time.
-    """
+def _authorize(keys: ApiKeys) -> Callable[[Request], Awaitable[None]]:
+    """A dependency that lets only requests with one of the keys pass."""
 
     async def authorize(request: Request) -> None:
-        if api_key is None:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        known = hmac.compare_digest(key.strip().encode("latin-1"), api_key.encode())
-        if scheme.lower() != "bearer" or not known:
+        if not keys.accept(request.headers.get("authorization", "")):
             challenge = {"WWW-Authenticate": "Bearer"}
             raise HTTPException(401, "the API key is missing or wrong", challenge)
 

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from router.app import RouterSettings, create_app
 from router.generation import GenerationRequest, TokenChunk
+from router.http_protocol import BoundedHttpProtocol
 from router.text import TextModel
 
 MODEL = Path(__file__).parents[2] / "cli" / "demo_model"
@@ -126,7 +127,9 @@ def routers(text: TextModel) -> Iterator[Callable[..., Router]]:
             generator,
             CollectorRegistry(),
         )
-        config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
+        config = uvicorn.Config(
+            app, http=BoundedHttpProtocol, log_level="critical", lifespan="off", ws="none"
+        )
         server = uvicorn.Server(config)
         listening = socket.create_server(("127.0.0.1", 0))
         port: int = listening.getsockname()[1]

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from protocol.errors import OverloadedError, WorkerLostError
+from router.api_keys import ApiKeys
 from router.generation import TokenChunk
 from tests.router.conftest import HANG, MAX_MODEL_LEN, PATIENCE, Router, eventually
 
@@ -338,7 +339,7 @@ def test_tokenize_and_back(router: Router) -> None:
 
 
 def test_an_api_key_is_required(start: Callable[..., Router]) -> None:
-    router = start(api_key="s3cret-ü")
+    router = start(api_keys=ApiKeys(["other", "s3cret-ü"]))
     router.say("a")
     for path in ("/v1/models", "/admin/workers"):
         for given in (
