@@ -1,15 +1,18 @@
-"""Where an idle request's time goes, on this machine, through the whole path.
+"""Where a request's time goes, on this machine, through the whole path.
 
-    python bench/latency.py --requests 50
+    python -m bench.latency --requests 50
 
 Starts a router, one prefill and one decode worker as ``kvferry serve`` does, sends prompts of a
 fixed length one after the other, and takes the client's times against the workers' own step
 times: hand-off overhead is the client's time to first token less the prefill steps' time, and
-the delay added to a streamed token is the client's interval less the decode step's time.
+the delay added to a streamed token is the client's interval less the decode step's time. Then
+the delay added to a token is measured again with many streams at once.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import platform
 import random
@@ -28,9 +31,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.streams import stream_all
 from tests.stack import free_port, scrape
 
 RESULTS = Path(__file__).parent / "results"
+ROUNDS = 5  # of many streams
+MANY_TOKENS = 256  # of each of many streams
 STEP_SUM, STEP_COUNT = "kvferry_engine_step_seconds_sum", "kvferry_engine_step_seconds_count"
 
 
@@ -39,6 +45,7 @@ def main(
     requests: Annotated[int, typer.Option(help="Measured requests.", min=5)] = 50,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 256,
     output_tokens: Annotated[int, typer.Option(help="Tokens generated for each.", min=2)] = 64,
+    streams: Annotated[int, typer.Option(help="Of the measurement with many.", min=2)] = 16,
 ) -> None:
     """Print the figures and write them to bench/results/latency.json."""
     port = free_port()
@@ -50,6 +57,7 @@ def main(
         wait_until_ready(url)
         start_up = time.perf_counter() - started
         figures = {"start_up_s": start_up, **measure(url, requests, prompt_tokens, output_tokens)}
+        figures |= measure_many(url, streams, prompt_tokens)
         figures["resident_mib"] = resident(serve.pid)
     finally:
         serve.terminate()
@@ -94,6 +102,55 @@ def measure(url: str, requests: int, prompt_tokens: int, output_tokens: int) -> 
             if number >= 3:  # the first ones warm up
                 rows.append(compare(arrivals, before, after))
     return {name: summary([row[name] for row in rows]) for name in rows[0]}
+
+
+def measure_many(url: str, streams: int, prompt_tokens: int) -> dict[str, Any]:
+    """The interval between tokens while ``streams`` run at once, and the decode step's time.
+
+    A generation is as long as it takes for all streams to overlap for most of it; only intervals
+    while all of them run are counted.
+    """
+    workers = httpx.get(f"{url}/admin/workers").json()["workers"]
+    (page,) = [worker["metrics"] for worker in workers if worker["role"] == "decode"]
+    model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+    rng = random.Random(2)
+    rows: list[dict[str, float]] = []
+    with httpx.Client(timeout=60) as client:
+        for number in track(range(ROUNDS + 1), description=f"{streams} streams"):
+            bodies = [
+                {
+                    "model": model,
+                    "prompt": [rng.randrange(300, 3000) for _ in range(prompt_tokens)],
+                    "max_tokens": MANY_TOKENS,
+                    "stream": True,
+                    "ignore_eos": True,
+                    "temperature": 0,
+                }
+                for _ in range(streams)
+            ]
+            before = scrape(page, client)
+            arrivals = asyncio.run(stream_all(f"{url}/v1/completions", bodies))
+            after = scrape(page, client)
+            if number:  # the first one warms up
+                steps = after[STEP_COUNT] - before[STEP_COUNT]
+                step = (after[STEP_SUM] - before[STEP_SUM]) / steps
+                interval = statistics.median(overlapping_intervals(arrivals))
+                rows.append({"interval": interval, "step": step, "added": interval - step})
+    return {
+        f"{name}_at_{streams}_streams_ms": summary([row[name] * 1e3 for row in rows])
+        for name in rows[0]
+    }
+
+
+def overlapping_intervals(arrivals: list[list[float]]) -> list[float]:
+    """Seconds between the tokens of a stream, of those that come while all streams run."""
+    start, end = max(times[1] for times in arrivals), min(times[-1] for times in arrivals)
+    return [
+        later - earlier
+        for times in arrivals
+        for earlier, later in itertools.pairwise(times)
+        if earlier >= start and later <= end
+    ]
 
 
 def stream(client: httpx.Client, url: str, body: dict[str, Any]) -> list[float]:
