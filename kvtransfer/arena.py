@@ -71,22 +71,13 @@ class Staging:
         """The memory of the first ``count`` rows of a slot."""
         return self._bytes[slot, :count].reshape(-1)
 
-    def gather(self, slot: int, blocks: Sequence[int]) -> None:
-        """Copy blocks of the arena into a slot; done when this returns."""
-        rows = self._arena.rows
-        gather_blocks(rows, self._ids(blocks), self._slots[slot, : len(blocks)])
-        if rows.is_cuda:
-            torch.cuda.current_stream(rows.device).synchronize()  # the wire knows no streams
+    def gather(self, slot: int, blocks: Sequence[int]) -> list[int]:
+        """Copy blocks of the arena into a slot, done when this returns; their digests."""
+        return gather_blocks(self._arena.rows, blocks, self._slots[slot, : len(blocks)])
 
-    def scatter(self, slot: int, blocks: Sequence[int]) -> None:
-        """Copy the first rows of a slot into blocks of the arena; done when this returns."""
-        rows = self._arena.rows
-        scatter_blocks(self._slots[slot, : len(blocks)], self._ids(blocks), rows)
-        if rows.is_cuda:
-            torch.cuda.current_stream(rows.device).synchronize()  # the slot is used again at once
-
-    def _ids(self, blocks: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(blocks, dtype=torch.int64, device=self._arena.rows.device)
+    def scatter(self, slot: int, blocks: Sequence[int]) -> list[int]:
+        """Copy the first rows of a slot into blocks of the arena, as ``gather`` does."""
+        return scatter_blocks(self._slots[slot, : len(blocks)], blocks, self._arena.rows)
 
 
 def _as_bytes(tensor: torch.Tensor) -> Buffer:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class TransferConfig:
     """Sizes are in bytes, times in seconds."""
 
-    stage_below: int = 32 << 10  # rows smaller than this are packed into messages
-    staging_bytes: int = 1 << 20  # of a staging slot, and so of a packed message; at least one row
-    staging_slots: int = 16  # on either side
-    message_bytes: int = 2 << 20  # of any other message, but at least one row
+    stage_below: int = 1 << 20  # scattered rows smaller than this are packed into messages
+    staging_bytes: int = 2 << 20  # of a staging slot, and so of a packed message; at least one row
+    staging_slots: int = 8  # on either side
+    message_bytes: int = 4 << 20  # of any other message, but at least one row
     max_in_flight: int = 32  # messages to one peer, and messages being received
     stall: float = 30.0  # without movement for this long, connections are given up

@@ -186,15 +186,16 @@ class Receiver:
             return False
         receiving = self._landed.popleft()
         tag, grant = receiving.tag, self._grants[receiving.tag.grant_id]
-        if receiving.slot is not None:
-            if not grant.closing:
-                self._staging.scatter(receiving.slot, receiving.blocks)
-            self._staging.release(receiving.slot)
         self._counters.messages_received += 1
         self._counters.bytes_received += tag.count * self._arena.row_bytes
         if not grant.closing:
-            digests = self._arena.digests(receiving.blocks)
+            if receiving.slot is None:
+                digests = self._arena.digests(receiving.blocks)
+            else:
+                digests = self._staging.scatter(receiving.slot, receiving.blocks)
             self._report(BlocksReceived(tag.grant_id, tag.first, digests))
+        if receiving.slot is not None:
+            self._staging.release(receiving.slot)
         self._end(tag.grant_id, grant)
         return True
 

@@ -1,8 +1,9 @@
 """The sending half of the block protocol: batches of blocks, cut into messages, peer by peer.
 
 A batch's life: ``queued`` on its peer's link; its messages go out in order, as many at once as
-the link may have under way; the blocks' digests are computed while the wire is busy; then it ends
-with exactly one ``BlocksSent`` or ``SendFailed``, and only then may its source blocks be reused.
+the link may have under way; the blocks' digests come from packing them or, of messages that leave
+straight from the arena, are computed while the wire is busy; then it ends with exactly one
+``BlocksSent`` or ``SendFailed``, and only then may its source blocks be reused.
 
 One failed message fails its link: the connection is closed, and every batch of the link ends once
 none of its messages can touch memory any more. The next batch to the same address connects anew.
@@ -29,9 +30,18 @@ class _Batch:
     grant_id: int
     first: int
     unsent: deque[Piece]
-    undigested: deque[Piece]
     unfinished: int  # messages not yet ended
-    digests: list[int] = field(default_factory=list)
+    undigested: deque[Piece] = field(default_factory=deque)  # on the wire, or past it
+    digests: dict[int, list[int]] = field(default_factory=dict)  # by a message's first position
+
+    @property
+    def over(self) -> bool:
+        """Whether all of it is sent and its digests are known."""
+        return not (self.unsent or self.unfinished or self.undigested)
+
+    def all_digests(self) -> list[int]:
+        """One for each position, in order."""
+        return [digest for first in sorted(self.digests) for digest in self.digests[first]]
 
 
 @dataclass(slots=True)
@@ -99,7 +109,7 @@ class Sender:
                 return
             link = self._links[address] = _Link(address, connection, time.monotonic())
         pieces = cut(first, source, destination, self._arena.row_bytes, self._config)
-        link.batches.append(_Batch(grant_id, first, deque(pieces), deque(pieces), len(pieces)))
+        link.batches.append(_Batch(grant_id, first, deque(pieces), len(pieces)))
 
     def disconnect(self, address: bytes, reason: str) -> None:
         """Give a peer up; its batches fail. Unknown addresses are ignored."""
@@ -167,7 +177,7 @@ class Sender:
             if not self._staging.num_free or held >= self._slots_per_link:
                 return False
             slot = self._staging.acquire()
-            self._staging.gather(slot, piece.source)
+            batch.digests[piece.first] = self._staging.gather(slot, piece.source)
             buffer = self._staging.buffer(slot, count)
         tag = Tag(batch.grant_id, piece.first, count).pack()
         try:
@@ -178,13 +188,16 @@ class Sender:
             self._fail(link, str(error))
             return False
         link.sending.append(_Sending(operation, batch, count * self._arena.row_bytes, slot))
+        if slot is None:
+            batch.undigested.append(piece)
         return True
 
     def _digest(self, link: _Link) -> bool:
-        """Checksum the blocks of one message, while others are on the wire."""
+        """Checksum the blocks of one message, while it and others are on the wire."""
         for batch in link.batches:
             if batch.undigested:
-                batch.digests += self._arena.digests(batch.undigested.popleft().source)
+                piece = batch.undigested.popleft()
+                batch.digests[piece.first] = self._arena.digests(piece.source)
                 self._finish(link)
                 return True
         return False
@@ -193,10 +206,9 @@ class Sender:
         """Report the batches that are over, wherever in the queue they stand."""
         if link.failure is not None:
             return
-        over = [b for b in link.batches if not b.unsent and not b.unfinished and not b.undigested]
-        for batch in over:
+        for batch in [batch for batch in link.batches if batch.over]:
             link.batches.remove(batch)
-            self._report(BlocksSent(batch.grant_id, batch.first, batch.digests))
+            self._report(BlocksSent(batch.grant_id, batch.first, batch.all_digests()))
 
     def _fail(self, link: _Link, reason: str) -> None:
         """Close the connection; ``_drain`` ends the batches when their memory is free."""

@@ -3,9 +3,9 @@
 A message says itself what it is. Its tag is ``grant_id (32 bits) | first position (20) | count
 (12)`` and its bytes are the rows of those positions in order, so no control message goes along.
 
-Where it is cut depends on the size of a row. Large rows travel straight between the arenas, so a
-message is a run of blocks that lie side by side at **both** ends. Small rows would make thousands
-of small messages that way, so they are packed into a staging buffer's worth.
+Blocks that lie side by side at **both** ends travel straight between the arenas. Others do so one
+by one when their rows are large; small rows would make thousands of messages that way, so they are
+packed into a staging buffer's worth.
 """
 
 from __future__ import annotations
@@ -55,20 +55,25 @@ def cut(
     config: TransferConfig,
 ) -> list[Piece]:
     """Split a batch into messages that cover each of its positions once, in order."""
-    packed = row_bytes < config.stage_below
-    most = (config.staging_bytes if packed else config.message_bytes) // row_bytes
-    most = min(max(most, 1), MAX_COUNT)
-    pieces, start = [], 0
+    most_straight = _rows_of(config.message_bytes, row_bytes)
+    most_packed = _rows_of(config.staging_bytes, row_bytes) if row_bytes < config.stage_below else 0
+    pieces, start, straight = [], 0, True
     for i in range(1, len(source) + 1):
-        if i < len(source) and i - start < most:
-            side_by_side = (
-                source[i] == source[i - 1] + 1 and destination[i] == destination[i - 1] + 1
+        if i < len(source):
+            straight = (
+                straight
+                and source[i] == source[i - 1] + 1
+                and destination[i] == destination[i - 1] + 1
             )
-            if packed or side_by_side:
+            if i - start < (most_straight if straight else most_packed):
                 continue
         pieces.append(Piece(first + start, source[start:i]))
-        start = i
+        start, straight = i, True
     return pieces
+
+
+def _rows_of(num_bytes: int, row_bytes: int) -> int:
+    return min(max(num_bytes // row_bytes, 1), MAX_COUNT)
 
 
 def is_run(blocks: Sequence[int]) -> bool:

@@ -1,7 +1,13 @@
-"""Whole-block copies: one program per block and 16 KiB, in the widest lanes a row divides into."""
+"""Whole-block copies with their digests: a program moves 16 KiB of a block and sums it on the way.
+
+``kernels.digest`` defines the digest. Lanes are 64 bits wide, 256 to a group; torch adds up the
+programs' sums.
+"""
 
 # ruff: noqa: N803 (what a kernel is compiled for is in capitals)
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -9,46 +15,81 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.language import Pointer, kernel
+from kernels.gpu.splitmix import INCREMENT, mix
 
-LANES = 2048  # of a program
+GROUP = tl.constexpr(256)  # lanes
+GROUPS = 8  # of a program
 
 
 @kernel()
 def block_copy_kernel(
-    rows: Pointer,  # [blocks, N]
-    packed: Pointer,  # [count, N]
-    block_ids: Pointer,  # int64 [count]
+    source: Pointer,  # int64 [source blocks, N]
+    source_ids: Pointer,  # int64 [count], or nothing when not INDIRECT_SOURCE
+    target: Pointer,  # int64 [target blocks, N], or nothing when not COPY
+    target_ids: Pointer,  # int64 [count], or nothing when not INDIRECT_TARGET
+    sums: Pointer,  # int64 [count, programs of a block]
     N: tl.constexpr,
-    LANES: tl.constexpr,
-    SCATTER: tl.constexpr,  # from packed to rows
+    GROUPS: tl.constexpr,
+    INDIRECT_SOURCE: tl.constexpr,
+    COPY: tl.constexpr,
+    INDIRECT_TARGET: tl.constexpr,
 ) -> None:
-    index = tl.program_id(0).to(tl.int64)
-    block = tl.load(block_ids + index)
-    lanes = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    index, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    groups = part * GROUPS + tl.arange(0, GROUPS)
+    in_group = tl.arange(0, GROUP)
+    lanes = groups[:, None] * GROUP + in_group[None, :]
     inside = lanes < N
-    if SCATTER:
-        tl.store(rows + block * N + lanes, tl.load(packed + index * N + lanes, inside), inside)
-    else:
-        tl.store(packed + index * N + lanes, tl.load(rows + block * N + lanes, inside), inside)
+    start = index
+    if INDIRECT_SOURCE:
+        start = tl.load(source_ids + index)
+    values = tl.load(source + start * N + lanes, mask=inside, other=0)
+    if COPY:
+        end = index
+        if INDIRECT_TARGET:
+            end = tl.load(target_ids + index)
+        tl.store(target + end * N + lanes, values, mask=inside)
+    lane_weights = mix((in_group + 1).to(tl.uint64) * INCREMENT) | 1
+    group_weights = mix((groups + GROUP + 1).to(tl.uint64) * INCREMENT) | 1
+    group_sums = tl.sum(values.to(tl.uint64) * lane_weights[None, :], axis=1)
+    total = tl.sum(group_sums * group_weights, axis=0)
+    tl.store(sums + index * tl.num_programs(1) + part, total.to(tl.int64))
 
 
-def gather_blocks_triton(rows: Tensor, block_ids: Tensor, out: Tensor) -> None:
-    """``kernels.block_copy.gather_blocks`` on a GPU."""
-    _launch(rows, out, block_ids, scatter=False)
+def gather_blocks_triton(rows: Tensor, block_ids: Sequence[int], out: Tensor) -> list[int]:
+    """``kernels.block_copy.gather_blocks`` on a GPU; waits for the result."""
+    return _launch(rows, block_ids, target=out)
 
 
-def scatter_blocks_triton(source: Tensor, block_ids: Tensor, rows: Tensor) -> None:
-    """``kernels.block_copy.scatter_blocks`` on a GPU."""
-    _launch(rows, source, block_ids, scatter=True)
+def scatter_blocks_triton(source: Tensor, block_ids: Sequence[int], rows: Tensor) -> list[int]:
+    """``kernels.block_copy.scatter_blocks`` on a GPU; waits for the result."""
+    return _launch(source, block_ids, target=rows, scatter=True)
 
 
-def _launch(rows: Tensor, packed: Tensor, block_ids: Tensor, *, scatter: bool) -> None:
-    if len(block_ids) == 0:
-        return
-    row_bytes = rows.shape[1] * rows.element_size()
-    lane = torch.int64 if row_bytes % 8 == 0 else torch.uint8
-    lanes = rows.view(lane)
-    grid = (len(block_ids), triton.cdiv(lanes.shape[1], LANES))
+def digest_blocks_triton(rows: Tensor, block_ids: Sequence[int]) -> list[int]:
+    """``kernels.digest.digest_blocks`` on a GPU; waits for the result."""
+    return _launch(rows, block_ids, target=None)
+
+
+def _launch(
+    source: Tensor, block_ids: Sequence[int], target: Tensor | None, *, scatter: bool = False
+) -> list[int]:
+    """Copy to ``target``, if there is one; ``block_ids`` are the source's, or the scatter's."""
+    if not block_ids:
+        return []
+    lanes = source.view(torch.int64)
+    ids = torch.tensor(block_ids, dtype=torch.int64).to(source.device)
+    grid = (len(block_ids), triton.cdiv(lanes.shape[1], GROUPS * GROUP.value))
+    sums = torch.empty(grid, dtype=torch.int64, device=source.device)
     block_copy_kernel[grid](
-        lanes, packed.view(lane), block_ids, N=lanes.shape[1], LANES=LANES, SCATTER=scatter
+        lanes,
+        ids,
+        lanes if target is None else target.view(torch.int64),
+        ids,
+        sums,
+        N=lanes.shape[1],
+        GROUPS=GROUPS,
+        INDIRECT_SOURCE=not scatter,
+        COPY=target is not None,
+        INDIRECT_TARGET=scatter,
     )
+    return [digest % (1 << 64) for digest in sums.sum(1).tolist()]

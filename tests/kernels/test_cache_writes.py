@@ -1,4 +1,4 @@
-"""KV writes and whole-block copies: what lies beside their targets stays, bit for bit."""
+"""KV writes: what lies beside their targets stays, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.implementation import gather_blocks, scatter_blocks, write_kv
+from tests.kernels.implementation import write_kv
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -45,37 +45,3 @@ def test_write_kv_of_no_tokens() -> None:
     empty = torch.empty(0, 1, 32)
     write_kv(empty, empty, arena[:, :, 0], torch.empty(0, dtype=torch.int64))
     assert (arena == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
-@pytest.mark.parametrize("elements", [8, 2049, 5000])
-def test_gather_and_scatter_are_inverse(dtype: torch.dtype, elements: int) -> None:
-    random = torch.Generator().manual_seed(elements)
-    rows = torch.randint(0, 100, (9, elements), generator=random).to(dtype)
-    ids = [7, 0, 3, 8]
-    packed = torch.full((6, elements), 101).to(dtype)
-    gather_blocks(rows, torch.tensor(ids), packed[1:5])
-    for index, block in enumerate(ids):
-        assert torch.equal(packed[1 + index], rows[block])
-    assert (packed[0] == 101).all()
-    assert (packed[5] == 101).all()
-
-    target = torch.full((9, elements), 102).to(dtype)
-    scatter_blocks(packed[1:5], torch.tensor(ids), target)
-    for block in range(9):
-        assert torch.equal(target[block], rows[block]) == (block in ids)
-        assert (target[block] == 102).all() == (block not in ids)
-
-
-def test_gather_may_repeat_a_block() -> None:
-    rows = torch.arange(24.0).view(3, 8)
-    out = torch.empty(3, 8)
-    gather_blocks(rows, torch.tensor([2, 2, 1]), out)
-    assert torch.equal(out, rows[[2, 2, 1]])
-
-
-def test_no_blocks() -> None:
-    rows, none = torch.ones(3, 8), torch.empty(0, dtype=torch.int64)
-    gather_blocks(rows, none, torch.empty(0, 8))
-    scatter_blocks(torch.empty(0, 8), none, rows)
-    assert (rows == 1).all()

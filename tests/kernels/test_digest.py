@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 from kernels.digest import digest_blocks as public_digest_blocks
-from tests.kernels.implementation import digest_blocks
+from tests.kernels.implementation import INTERPRETED, digest_blocks, without_compiler
 
 MASK = (1 << 64) - 1
+
+
+@pytest.fixture(autouse=True, params=["triton"] if INTERPRETED else ["native", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        without_compiler(monkeypatch)
 
 
 def splitmix64(index: int) -> int:
@@ -24,7 +30,11 @@ def splitmix64(index: int) -> int:
 def defined(row: Tensor) -> int:
     content = bytes(row.contiguous().view(torch.uint8).tolist())
     lanes = struct.unpack(f"<{len(content) // 8}Q", content)
-    return sum(lane * (splitmix64(index) | 1) for index, lane in enumerate(lanes)) & MASK
+    total = 0
+    for index, lane in enumerate(lanes):
+        in_group, group = splitmix64(index % 256) | 1, splitmix64(256 + index // 256) | 1
+        total += lane * in_group * group
+    return total & MASK
 
 
 def test_splitmix64_is_the_published_generator() -> None:

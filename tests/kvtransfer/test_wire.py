@@ -39,13 +39,13 @@ def test_messages_cover_every_position_once(
         assert piece.first == position
         position += len(piece.source)
         num_bytes = len(piece.source) * row_bytes
-        if row_bytes < CONFIG.stage_below:
-            assert num_bytes <= CONFIG.staging_bytes
-        else:
+        start = piece.first - first
+        straight = is_run(piece.source) and is_run(destination[start : start + len(piece.source)])
+        if straight:
             assert num_bytes <= CONFIG.message_bytes or len(piece.source) == 1
-            start = piece.first - first
-            assert is_run(piece.source)
-            assert is_run(destination[start : start + len(piece.source)])
+        else:
+            assert row_bytes < CONFIG.stage_below
+            assert num_bytes <= CONFIG.staging_bytes
 
 
 @given(batches(), st.sampled_from([512, 1024, 3000]))
@@ -54,13 +54,14 @@ def test_no_two_messages_could_have_been_one(
 ) -> None:
     source, destination = batch
     packed = row_bytes < CONFIG.stage_below
-    limit = CONFIG.staging_bytes if packed else CONFIG.message_bytes
     pieces = cut(0, source, destination, row_bytes, CONFIG)
     for piece, after in itertools.pairwise(pieces):
         joint = slice(piece.first, after.first + 1)  # with one more block
-        too_long = (len(piece.source) + 1) * row_bytes > limit
-        apart = not (is_run(source[joint]) and is_run(destination[joint]))
-        assert too_long or (apart and not packed)
+        num_bytes = (len(piece.source) + 1) * row_bytes
+        if is_run(source[joint]) and is_run(destination[joint]):
+            assert num_bytes > CONFIG.message_bytes
+        else:
+            assert not packed or num_bytes > CONFIG.staging_bytes
 
 
 def test_tiny_rows_keep_the_count_within_its_bits() -> None:

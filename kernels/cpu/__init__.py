@@ -1,0 +1,1 @@
+"""C++ versions of operations for CPU tensors, compiled on the machine that runs them."""

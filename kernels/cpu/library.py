@@ -1,0 +1,90 @@
+"""Compiles and loads the C++ files beside this one: once per machine, when first needed.
+
+The library is for this very processor, so it is compiled where it runs and kept in the user's
+cache under a name made of everything that shapes it: sources, compiler and processor. Without a
+compiler, or with ``KVFERRY_NATIVE=0``, callers use their torch twins.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch  # its OpenMP runtime must be the process's first, for the library to share it
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+COMPILE_TIMEOUT = 300.0  # seconds
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The library, or None where it cannot be had; the log says why."""
+    if os.environ.get("KVFERRY_NATIVE") == "0":
+        return None
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        log.warning("no C++ compiler (g++) was found: CPU kernels run in torch, which is slower")
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        log.warning("the C++ kernels cannot be built, torch is used instead: %s", reason)
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The library's file, compiled unless it is there."""
+    sources = sorted(SOURCES.glob("*.cpp"))
+    headers = sorted(SOURCES.glob("*.h"))
+    identity = hashlib.blake2b(digest_size=16)
+    for path in (*sources, *headers):
+        identity.update(path.read_bytes())
+    version = subprocess.run(  # noqa: S603 (the user's own compiler)
+        [compiler, "--version"], capture_output=True, text=True, check=True
+    )
+    for part in (*FLAGS, version.stdout, _processor(), torch.__version__):
+        identity.update(part.encode())
+    folder = _cache_folder()
+    library = folder / f"kernels-{identity.hexdigest()}.so"
+    if not library.exists():
+        log.info("compiling the C++ kernels for this processor")
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / library.name
+            subprocess.run(  # noqa: S603 (the same)
+                [compiler, *FLAGS, *map(str, sources), "-o", str(built)],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=COMPILE_TIMEOUT,
+            )
+            built.replace(library)  # at once, whoever else is compiling it too
+    return library
+
+
+def _cache_folder() -> Path:
+    """A folder that only this user can write to, for what is loaded from it runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "kvferry"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{folder} can be written to by others")
+    return folder
+
+
+def _processor() -> str:
+    """What ``-march=native`` looks at."""
+    wanted = ("model name", "flags")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
