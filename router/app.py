@@ -23,6 +23,7 @@ from router.body import read_body
 from router.generation import Generator
 from router.intake import Intake
 from router.metrics import RouterMetrics
+from router.openapi import description
 from router.schemas import (
     Body,
     ChatBody,
@@ -55,14 +56,16 @@ def create_app(
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     http_errors.install(app, metrics)
     guarded = [Depends(_authorize(settings.api_keys))]
-    app.include_router(_health_routes(generator, registry))
+    app.include_router(_open_routes(generator, registry))
     app.include_router(_api_routes(settings, intake, generator, metrics), dependencies=guarded)
     app.include_router(_token_routes(settings, intake, text, generator), dependencies=guarded)
     return app
 
 
-def _health_routes(generator: Generator, registry: CollectorRegistry) -> APIRouter:
+def _open_routes(generator: Generator, registry: CollectorRegistry) -> APIRouter:
+    """What needs no key."""
     routes = APIRouter()
+    document = description("kvferry")
 
     @routes.get("/health")
     async def health() -> Response:
@@ -77,6 +80,10 @@ def _health_routes(generator: Generator, registry: CollectorRegistry) -> APIRout
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"Content-Type": content_type})
+
+    @routes.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(document)
 
     return routes
 

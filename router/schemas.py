@@ -6,7 +6,7 @@ supported and would change the answer is refused by name. Types are strict: "5" 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -17,6 +17,7 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_TOKEN_IDS = 128
 
 Prompt = str | list[int]
+Content = str | list[dict[Literal["type", "text"], str]]
 
 # Field: the values that ask for nothing beyond what is always done.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -145,7 +146,7 @@ class ChatMessage(Body):
     """One turn. A content of several text parts is joined with newlines."""
 
     role: str = Field(min_length=1)
-    content: Annotated[str, BeforeValidator(_content)]
+    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=Content)]
     name: str | None = None
 
     @model_validator(mode="after")
@@ -175,7 +176,9 @@ class GenerationBody(Body):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
+    stop: Annotated[list[str], BeforeValidator(_stops, json_schema_input_type=str | list[str])] = (
+        Field(default_factory=list)
+    )
     stop_token_ids: list[int] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -210,7 +213,9 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[Prompt], BeforeValidator(_prompts)]
+    prompt: Annotated[
+        list[Prompt], BeforeValidator(_prompts, json_schema_input_type=Prompt | list[Prompt])
+    ]
 
 
 class ChatOptions(Body):

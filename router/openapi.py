@@ -1,0 +1,91 @@
+"""The API's own description, ``/openapi.json``, from the same schemas that validate bodies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from router.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+
+VERSION = "3.1.0"
+REF = "#/components/schemas/{model}"
+
+_BODIES: dict[str, tuple[type[Body], str]] = {
+    "/v1/completions": (CompletionBody, "Continue a prompt"),
+    "/v1/chat/completions": (ChatBody, "Answer a chat"),
+    "/tokenize": (TokenizeBody, "The token ids of a text or of a chat"),
+    "/detokenize": (DetokenizeBody, "The text of token ids"),
+}
+_PAGES: dict[str, tuple[str, str | None]] = {  # what each says, and as what
+    "/v1/models": ("The served model", "application/json"),
+    "/admin/workers": ("Every worker with its state and load", "application/json"),
+    "/health": ("Whether this process is alive", None),
+    "/ready": ("Whether a request can be served now; 503 says why not", "application/json"),
+    "/metrics": ("Metrics for Prometheus", "text/plain"),
+}
+_STREAMS = ("/v1/completions", "/v1/chat/completions")
+_OPEN = ("/health", "/ready", "/metrics")  # without a key
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+
+
+def description(title: str) -> dict[str, Any]:
+    """The document."""
+    bodies = [(body, "validation") for body, _ in _BODIES.values()]
+    refs, definitions = models_json_schema(bodies, ref_template=REF)  # type: ignore[arg-type]
+    paths: dict[str, Any] = {}
+    for path, (body, summary) in _BODIES.items():
+        content: dict[str, Any] = {"application/json": {}}
+        if path in _STREAMS:
+            content["text/event-stream"] = {}
+        paths[path] = {
+            "post": {
+                "summary": summary,
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": refs[body, "validation"]}},
+                },
+                "responses": _responses(content),
+            }
+        }
+    for path, (summary, kind) in _PAGES.items():
+        operation: dict[str, Any] = {
+            "summary": summary,
+            "responses": _responses({kind: {}} if kind else {}),
+        }
+        if path in _OPEN:
+            operation["security"] = []
+        paths[path] = {"get": operation}
+    return {
+        "openapi": VERSION,
+        "info": {"title": title, "version": "1"},
+        "security": [{"key": []}],
+        "paths": paths,
+        "components": {
+            "schemas": {**definitions.get("$defs", {}), "Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _responses(content: dict[str, Any]) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}
+    return {
+        "200": {"description": "The answer", "content": content},
+        "default": {"description": "What went wrong", "content": error},
+    }
