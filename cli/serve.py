@@ -20,12 +20,14 @@ import urllib.request
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from cli.placement import Placement, place
 from protocol.errors import ConfigError
 
 PR_SET_PDEATHSIG = 1
@@ -43,6 +45,8 @@ class ServeConfig:
     host: str
     port: int
     api_key: str | None
+    threads_per_worker: int | None = None  # None: the worker's share of the cores
+    pin: bool | None = None  # to its share; None: where that has more than one core
     router_args: Sequence[str] = ()
     worker_args: Sequence[str] = ()
 
@@ -53,6 +57,7 @@ class Child:
 
     name: str
     process: asyncio.subprocess.Process
+    placement: Placement | None  # of a worker
     said: deque[str] = field(default_factory=lambda: deque(maxlen=20))
 
     def reason(self) -> str:
@@ -77,16 +82,18 @@ async def serve(config: ServeConfig, console: Console) -> None:
     async with asyncio.TaskGroup() as tasks:
         try:
             control = f"ipc://{directory}/router.sock"
-            for name, arguments in _commands(config, control):
-                child = await _start(name, arguments, _environment(config))
-                children.append(child)
+            router, *workers = _commands(config, control)
+            children.append(await _start(*router, None))
+            for command, placement in zip(workers, _placements(config), strict=True):
+                children.append(await _start(*command, placement))
+            for child in children:
                 tasks.create_task(_relay(child))
             stopping = asyncio.create_task(stop.wait())
             starting = asyncio.create_task(_wait_until_ready(config, children))
             await asyncio.wait({stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
             if not stop.is_set():
                 starting.result()
-                _print_state(config, console)
+                _print_state(config, children, console)
                 await _watch(children, stopping, console)
             starting.cancel()
             stopping.cancel()
@@ -107,14 +114,17 @@ def _commands(config: ServeConfig, control: str) -> list[tuple[str, list[str]]]:
     return commands
 
 
-def _environment(config: ServeConfig) -> dict[str, str]:
-    """Share the cores out: workers that each take all of them only get in each other's way."""
-    threads = max(1, (os.cpu_count() or 1) // (config.num_prefill + config.num_decode))
-    defaults = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**defaults, **os.environ}
+def _placements(config: ServeConfig) -> list[Placement]:
+    cores = sorted(os.sched_getaffinity(0))
+    num_workers = config.num_prefill + config.num_decode
+    threads = config.threads_per_worker or int(os.environ.get("OMP_NUM_THREADS", 0)) or None
+    return place(cores, num_workers, threads, config.pin)
 
 
-async def _start(name: str, arguments: list[str], environment: dict[str, str]) -> Child:
+async def _start(name: str, arguments: list[str], placement: Placement | None) -> Child:
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # waiting threads leave their core
+    if placement is not None:
+        environment["OMP_NUM_THREADS"] = str(placement.threads)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -124,13 +134,16 @@ async def _start(name: str, arguments: list[str], environment: dict[str, str]) -
         stderr=asyncio.subprocess.STDOUT,
         env=environment,
         start_new_session=True,  # the terminal's Ctrl-C reaches this process only
-        preexec_fn=_die_with_parent,
+        preexec_fn=partial(_prepare, placement),
     )
-    return Child(name, process)
+    return Child(name, process, placement)
 
 
-def _die_with_parent() -> None:
+def _prepare(placement: Placement | None) -> None:
+    """Called in the child: it dies with its parent, and keeps to its cores."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if placement is not None and placement.cores is not None:
+        os.sched_setaffinity(0, placement.cores)
 
 
 async def _relay(child: Child) -> None:
@@ -206,9 +219,10 @@ async def _stop(children: list[Child]) -> None:
             await child.process.wait()
 
 
-def _print_state(config: ServeConfig, console: Console) -> None:
+def _print_state(config: ServeConfig, children: list[Child], console: Console) -> None:
+    placements = {child.name: child.placement for child in children}
     table = Table(box=None, pad_edge=False)
-    for heading in ("worker", "pid", "model", "transport", "KV blocks", "address"):
+    for heading in ("worker", "pid", "model", "transport", "KV blocks", "threads", "address"):
         table.add_column(heading, overflow="fold")
     for worker in _get(config, "/admin/workers")["workers"]:
         table.add_row(
@@ -217,6 +231,7 @@ def _print_state(config: ServeConfig, console: Console) -> None:
             Path(worker["model"]).name,
             worker["transport"].rpartition("): ")[2],  # without the library's version and path
             str(worker["load"]["total_blocks"]),
+            _threads(placements[worker["id"]]),
             worker["data_address"],
         )
     console.print(table)
@@ -230,3 +245,10 @@ def _print_state(config: ServeConfig, console: Console) -> None:
         f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
     )
     console.print(command + "\n", soft_wrap=True, highlight=False, markup=False)
+
+
+def _threads(placement: Placement | None) -> str:
+    if placement is None:
+        return ""
+    cores = ",".join(map(str, sorted(placement.cores or ())))
+    return f"{placement.threads} on cores {cores}" if cores else str(placement.threads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,20 +19,26 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.checkpoint import resolve_checkpoint
 from engine.config import ModelConfig
+from engine.memory import check_budget, gpu_budget, host_budget, size_text, step_workspace
 from engine.model import Model
 from engine.model_runner import ModelRunner
+from engine.profiling import StepTrace
 from engine.rope import canonical_text
-from engine.weights import LoadFormat, ModelWeights, dummy_weights, load_weights
+from engine.weights import (
+    LoadFormat,
+    ModelWeights,
+    Quantization,
+    dummy_weights,
+    load_weights,
+    pack_weights,
+)
+from kernels.linear import Weight
 from protocol.errors import ConfigError
-from protocol.geometry import DTYPE_BYTES, Fingerprint, KVDtype, KVGeometry
+from protocol.geometry import Fingerprint, KVDtype, KVGeometry
 
 log = logging.getLogger(__name__)
 
-GIB, MIB = 1 << 30, 1 << 20
 CPU_BLOCK_SIZE, CUDA_BLOCK_SIZE = 16, 64  # tokens
-WORKSPACE_TOKENS = 8192  # of one step, for which activations are set aside on a GPU
-WORKSPACE_ROWS = 256  # sampled in one step, for which logits are set aside on a GPU
-FREE_SHARE = 0.9  # of the host's free memory that KV may take
 
 _TORCH_DTYPES: dict[KVDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -47,6 +54,7 @@ class EngineConfig:
     model: str  # local folder or hub id
     revision: str | None = None
     dtype: Literal["auto"] | KVDtype = "auto"  # of weights and KV; auto: the checkpoint's
+    quantization: Quantization | None = None  # of weights and activations, on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None  # tokens; None: the model's
@@ -54,8 +62,13 @@ class EngineConfig:
     num_blocks: int | None = None  # None: what the memory options give
     kv_cache_memory: float = 1.0  # GiB, on a CPU
     gpu_memory_utilization: float = 0.9  # share of the GPU for weights, KV and workspace
+    max_num_seqs: int = 64  # rows of the largest step, for which a GPU keeps memory free
+    max_num_batched_tokens: int = 512  # prompt tokens of that step
+    decode_graphs: bool = False  # capture decode steps, on a GPU
     seed: int = 0  # of dummy weights
     num_threads: int | None = None  # of torch on a CPU; None: torch's choice
+    profile: Path | None = None  # where a trace of some steps goes
+    profile_steps: int = 20
 
 
 class Engine:
@@ -71,18 +84,20 @@ class Engine:
     def __init__(
         self,
         model_config: ModelConfig,
-        weights: ModelWeights,
         fingerprint: Fingerprint,
-        arena: Tensor,
         max_model_len: int,
+        rows: Tensor,
+        runner: ModelRunner,
+        trace: StepTrace | None,
     ) -> None:
         self.model_config = model_config
         self.geometry = fingerprint.geometry
         self.fingerprint = fingerprint
         self.max_model_len = max_model_len
-        self.num_blocks = len(arena)
-        self.rows = arena.view(self.num_blocks, -1)
-        self._runner = ModelRunner(Model(model_config, weights, max_model_len), arena)
+        self.num_blocks = len(rows)
+        self.rows = rows
+        self._runner = runner
+        self._trace = trace
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
@@ -99,13 +114,15 @@ class Engine:
         model_config = ModelConfig.load(folder)
         max_model_len = _max_model_len(config, model_config)
         geometry = _geometry(config, model_config, device)
+        _warn_if_slow(geometry.dtype, device)
         weights, digest = _weights(folder, config, model_config, geometry.dtype, device)
-        num_blocks = _num_blocks(config, model_config, geometry, device)
-        _check_budget(geometry, num_blocks, max_model_len)
-        fingerprint = Fingerprint(
-            weights_digest=digest, rope=canonical_text(model_config.rope), geometry=geometry
-        )
-        arena = _arena(geometry, num_blocks, device)
+        model = Model(model_config, weights, max_model_len)
+        graph_rows = config.max_num_seqs if config.decode_graphs and device.type == "cuda" else 0
+        num_blocks = _num_blocks(config, model, geometry, device, graph_rows)
+        check_budget(geometry, num_blocks, max_model_len)
+        arena = _arena(geometry, num_blocks + bool(graph_rows), device)
+        runner = ModelRunner(model, arena, graph_rows)
+        runner.capture()
         log.info(
             "loaded %s on %s in %s: %d KV blocks of %d tokens, %s",
             config.model,
@@ -113,9 +130,18 @@ class Engine:
             geometry.dtype,
             num_blocks,
             geometry.block_size,
-            _size(num_blocks * geometry.row_bytes),
+            size_text(num_blocks * geometry.row_bytes),
         )
-        return cls(model_config, weights, fingerprint, arena, max_model_len)
+        return cls(
+            model_config,
+            Fingerprint(
+                weights_digest=digest, rope=canonical_text(model_config.rope), geometry=geometry
+            ),
+            max_model_len,
+            arena[:num_blocks].view(num_blocks, -1),
+            runner,
+            StepTrace(config.profile, config.profile_steps) if config.profile else None,
+        )
 
     @property
     def salt(self) -> bytes:
@@ -124,7 +150,17 @@ class Engine:
 
     def run(self, batch: Batch) -> list[int]:
         """Write the KV of every row's tokens; one new token per sampling row, in batch order."""
-        return self._runner.run(batch)
+        if self._trace is None:
+            return self._runner.run(batch)
+        self._trace.before_step()
+        token_ids = self._runner.run(batch)
+        self._trace.after_step()
+        return token_ids
+
+    @property
+    def phase_seconds(self) -> Mapping[str, float]:
+        """Seconds of the last step's phases: prepare, forward and sample."""
+        return self._runner.phases.seconds
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -156,70 +192,58 @@ def _geometry(config: EngineConfig, model: ModelConfig, device: torch.device) ->
 
 def _weights(
     folder: Path, config: EngineConfig, model: ModelConfig, dtype: KVDtype, device: torch.device
-) -> tuple[ModelWeights, str]:
+) -> tuple[ModelWeights[Weight], str]:
+    if config.quantization is not None and device.type != "cpu":
+        raise ConfigError(f"quantization {config.quantization} runs on a CPU, not on {device}")
     try:
         if config.load_format == "dummy":
-            return dummy_weights(model, _TORCH_DTYPES[dtype], device, config.seed)
-        return load_weights(folder, model, _TORCH_DTYPES[dtype], device)
+            loaded = dummy_weights(model, _TORCH_DTYPES[dtype], device, config.seed)
+        else:
+            loaded = load_weights(folder, model, _TORCH_DTYPES[dtype], device)
+        return pack_weights(*loaded, config.quantization)
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"{config.model} does not fit the GPU: {error}") from error
 
 
+def _warn_if_slow(dtype: KVDtype, device: torch.device) -> None:
+    short = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
+    if device.type != "cpu" or short is None:
+        return
+    able = torch.cpu.get_capabilities()
+    if not any(able[name] for name in able if name.endswith(short)):
+        log.warning("no instructions for %s here: dtype float32 may be faster", dtype)
+
+
 def _num_blocks(
-    config: EngineConfig, model: ModelConfig, geometry: KVGeometry, device: torch.device
+    config: EngineConfig, model: Model, geometry: KVGeometry, device: torch.device, graph_rows: int
 ) -> int:
     if config.num_blocks is not None:
         return config.num_blocks
-    if device.type == "cuda":
-        budget = _gpu_budget(config.gpu_memory_utilization, model, geometry, device)
+    if device.type == "cpu":
+        budget = host_budget(config.kv_cache_memory)
     else:
-        budget = min(int(config.kv_cache_memory * GIB), int(FREE_SHARE * _free_host_memory()))
+        workspace = _workspace(config, model, geometry, device, graph_rows)
+        budget = gpu_budget(config.gpu_memory_utilization, workspace, device)
     return max(0, budget) // geometry.row_bytes
 
 
-def _gpu_budget(
-    utilization: float, model: ModelConfig, geometry: KVGeometry, device: torch.device
+def _workspace(
+    config: EngineConfig, model: Model, geometry: KVGeometry, device: torch.device, graph_rows: int
 ) -> int:
-    """Bytes for KV: the share asked for, less the weights just loaded and a step's workspace."""
-    free, total = torch.cuda.mem_get_info(device)
-    width = 4 * model.hidden_size + 3 * model.intermediate_size
-    width += 3 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    activations = WORKSPACE_TOKENS * width * DTYPE_BYTES[geometry.dtype]
-    logits = WORKSPACE_ROWS * model.vocab_size * 4 * DTYPE_BYTES["float32"]
-    mine = torch.cuda.memory_reserved(device)
-    return min(int(utilization * total) - mine, free) - activations - logits
-
-
-def _free_host_memory() -> int:
-    """Bytes this process may still take: the host's, or its control group's where that is less."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) << 10
-            break
-    else:
-        raise ConfigError("/proc/meminfo does not say how much memory is available")
-    group = Path("/sys/fs/cgroup")
     try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except OSError:  # no limit of our own
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
-
-
-def _check_budget(geometry: KVGeometry, num_blocks: int, max_model_len: int) -> None:
-    needed = geometry.blocks_for(max_model_len)
-    if num_blocks < needed:
-        have, want = (_size(count * geometry.row_bytes) for count in (num_blocks, needed))
-        raise ConfigError(
-            f"one sequence of {max_model_len} tokens needs {needed} KV blocks ({want}), there is "
-            f"memory for {num_blocks} ({have}): lower max_model_len to at most "
-            f"{num_blocks * geometry.block_size}, or give KV more memory"
+        workspace = step_workspace(
+            model,
+            _arena(geometry, 1, device),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            graph_rows=graph_rows,
         )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.2f} MiB"
+    except torch.OutOfMemoryError as error:
+        limits = f"max_num_seqs {config.max_num_seqs}"
+        limits += f" and max_num_batched_tokens {config.max_num_batched_tokens}"
+        raise ConfigError(f"a step of {limits} does not fit the GPU: {error}") from error
+    log.info("a step takes up to %s beside weights and KV", size_text(workspace))
+    return workspace
 
 
 def _arena(geometry: KVGeometry, num_blocks: int, device: torch.device) -> Tensor:
@@ -227,5 +251,5 @@ def _arena(geometry: KVGeometry, num_blocks: int, device: torch.device) -> Tenso
     try:
         return torch.zeros(shape, dtype=_TORCH_DTYPES[geometry.dtype], device=device)
     except RuntimeError as error:  # torch's out of memory, on a GPU or a CPU
-        size = _size(num_blocks * geometry.row_bytes)
+        size = size_text(num_blocks * geometry.row_bytes)
         raise ConfigError(f"cannot allocate {size} of KV: {error}") from error

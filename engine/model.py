@@ -9,19 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.profiling import span
 from engine.rope import rope_table
 from engine.weights import LayerWeights, ModelWeights
 from kernels.attention_metadata import AttentionMetadata
 from kernels.decode_attention import decode_attention
+from kernels.linear import Weight, embedding, linear
 from kernels.prefill_attention import prefill_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import apply_rope
+from kernels.rotate_and_write import rotate_and_write
 from kernels.silu_mul import silu_mul
-from kernels.write_kv import write_kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,16 @@ class StepInput:
 class Model:
     """``forward`` runs on the device that holds the weights."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, max_model_len: int) -> None:
-        self._config = config
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights[Weight], max_model_len: int
+    ) -> None:
+        self.config = config
+        self.max_model_len = max_model_len
         self._weights = weights
         self._scale = config.head_dim**-0.5
         cos, sin = rope_table(config.rope, config.head_dim, max_model_len)
-        self._cos = cos.to(weights.embed.device)  # [max_model_len, head_dim / 2]
-        self._sin = sin.to(weights.embed.device)
+        self._cos = cos.to(weights.norm.device)  # [max_model_len, head_dim / 2]
+        self._sin = sin.to(weights.norm.device)
 
     def forward(self, step: StepInput, kv: Tensor) -> Tensor:
         """Logits, float32 [sampling rows, vocab].
@@ -54,9 +57,9 @@ class Model:
         ``kv`` is the arena, [blocks, kv heads, layers, 2, block_size, head_dim]; the step's slots
         are written.
         """
-        eps = self._config.rms_norm_eps
+        eps = self.config.rms_norm_eps
         cos, sin = self._cos[step.positions], self._sin[step.positions]
-        residual = F.embedding(step.token_ids, self._weights.embed)  # [tokens, hidden]
+        residual = embedding(step.token_ids, self._weights.embed)  # [tokens, hidden]
         branch: Tensor | None = None  # what the last block adds to the residual
         for index, layer in enumerate(self._weights.layers):
             if branch is None:
@@ -65,44 +68,45 @@ class Model:
                 x, residual = add_rms_norm(branch, residual, layer.attention_norm, eps)
             x = self._attention(x, layer, cos, sin, step, kv[:, :, index], index)
             x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps)
-            branch = F.linear(silu_mul(F.linear(x, layer.gate_up)), layer.down)
+            branch = linear(silu_mul(linear(x, layer.gate_up)), layer.down)
         assert branch is not None
         if len(step.sampled) == 0:  # chunks in the middle of their prompts
-            return residual.new_empty((0, self._config.vocab_size), dtype=torch.float32)
+            return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         x, _ = add_rms_norm(branch[step.sampled], residual[step.sampled], self._weights.norm, eps)
-        return F.linear(x, self._weights.head).float()
+        return linear(x, self._weights.head).float()
 
     def _attention(
         self,
         x: Tensor,  # [tokens, hidden]
-        layer: LayerWeights,
+        layer: LayerWeights[Weight],
         cos: Tensor,  # [tokens, head_dim / 2]
         sin: Tensor,
         step: StepInput,
         kv_layer: Tensor,  # [blocks, kv heads, 2, block_size, head_dim]
         index: int,
     ) -> Tensor:
-        config = self._config
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, config.head_dim)
-        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)  # [tokens, heads, head_dim]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
-            k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        q, k = apply_rope(q, k, cos, sin)
-        write_kv(k, v, kv_layer, step.slots)
+        config = self.config
+        qkv = linear(x, layer.qkv, layer.qkv_bias)
+        q = rotate_and_write(
+            qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, cos, sin, kv_layer, step.slots
+        )  # [tokens, heads, head_dim]
 
         # Every row's KV is written: a row reads its own blocks, new tokens included.
         window, parts = config.windows[index], []
-        if step.decode is not None:
-            queries = q[: step.num_decode]
-            parts.append(
-                decode_attention(queries, kv_layer, step.decode, scale=self._scale, window=window)
-            )
-        if step.prefill is not None:
-            queries = q[step.num_decode :]
-            parts.append(
-                prefill_attention(queries, kv_layer, step.prefill, scale=self._scale, window=window)
-            )
+        with span("attention"):
+            if step.decode is not None:
+                queries = q[: step.num_decode]
+                parts.append(
+                    decode_attention(
+                        queries, kv_layer, step.decode, scale=self._scale, window=window
+                    )
+                )
+            if step.prefill is not None:
+                queries = q[step.num_decode :]
+                parts.append(
+                    prefill_attention(
+                        queries, kv_layer, step.prefill, scale=self._scale, window=window
+                    )
+                )
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return F.linear(attended.flatten(1), layer.output)
+        return linear(attended.flatten(1), layer.output)

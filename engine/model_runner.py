@@ -5,28 +5,44 @@ Owns no policy and no state beside the model and the arena; called from one thre
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
+from collections.abc import Callable
+from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch import Batch, BatchRow
-from engine.model import Model, StepInput
+from engine.batch import Batch
+from engine.decode_graphs import DecodeGraphs
+from engine.model import Model
+from engine.profiling import Phases
 from engine.sampler import sample
-from kernels.attention_metadata import AttentionMetadata
-
-Integers = NDArray[np.int64]
+from engine.step_inputs import step_input
 
 
 class ModelRunner:
-    """``arena`` is [blocks, kv heads, layers, 2, block_size, head_dim], on the model's device."""
+    """``arena`` is [blocks, kv heads, layers, 2, block_size, head_dim], on the model's device.
 
-    def __init__(self, model: Model, arena: Tensor) -> None:
+    On a GPU steps run in a stream of their own, beside the transfer's copies; ``run`` returns when
+    the step has ended there. Decode steps of up to ``graph_rows`` rows go through graphs; the
+    arena's last block is then theirs.
+    """
+
+    def __init__(self, model: Model, arena: Tensor, graph_rows: int = 0) -> None:
         self._model = model
         self._arena = arena
+        self._graphs = DecodeGraphs(model, arena, graph_rows) if graph_rows else None
         self._block_size = arena.shape[4]
+        self._stream: torch.cuda.Stream | None = None
+        if arena.is_cuda:
+            self._stream = torch.cuda.Stream(arena.device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(arena.device))
+        self.phases = Phases()
+
+    def capture(self) -> None:
+        """Capture the graphs, on a GPU and before any step, in the stream that replays them."""
+        if self._graphs is not None:
+            with torch.cuda.stream(self._stream):
+                self._graphs.capture()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[int]:
@@ -35,48 +51,29 @@ class ModelRunner:
         The unwritten tail of a completed prompt's last block is zeroed: what is handed on holds
         nothing of the block's former owner.
         """
-        logits = self._model.forward(self._step_input(batch), self._arena)
+        sequences = [row.sequence for row in batch.sampling_rows]
+        with torch.cuda.stream(self._stream):
+            with self.phases.measure("prepare"):
+                forward = self._prepare(batch)
+            with self.phases.measure("forward"):
+                logits = forward()
+                self._zero_tails(batch)
+            with self.phases.measure("sample"):
+                token_ids = sample(logits[: len(sequences)], sequences)
+                if self._stream is not None:
+                    self._stream.synchronize()
+        return token_ids
+
+    def _prepare(self, batch: Batch) -> Callable[[], Tensor]:
+        """Put the batch where the step reads it; the step, which gives its rows' logits first."""
+        if self._graphs is not None and self._graphs.fits(batch):
+            return partial(self._graphs.compute, self._graphs.fill(batch))
+        step = step_input(batch, self._block_size, self._arena.device)
+        return partial(self._model.forward, step, self._arena)
+
+    def _zero_tails(self, batch: Batch) -> None:
         for row in batch.sampling_rows:
             used = row.end % self._block_size
-            if used and row.end == row.sequence.num_prompt_tokens:
+            if used and row.end == row.sequence.num_given_tokens:
                 last = row.sequence.block_table[row.end // self._block_size]
                 self._arena[last, :, :, :, used:] = 0
-        return sample(logits, [row.sequence for row in batch.sampling_rows])
-
-    def _step_input(self, batch: Batch) -> StepInput:
-        decode = [row for row in batch.rows if row.num_tokens == 1]
-        prefill = [row for row in batch.rows if row.num_tokens > 1]
-        rows = decode + prefill
-        last = np.cumsum([row.num_tokens for row in rows]) - 1  # index of each row's last token
-        index = {id(row): int(end) for row, end in zip(rows, last, strict=True)}
-        return StepInput(
-            token_ids=self._tensor(
-                np.concatenate([row.sequence.token_ids[row.start : row.end] for row in rows])
-            ),
-            positions=self._tensor(np.concatenate([np.arange(row.start, row.end) for row in rows])),
-            slots=self._tensor(np.concatenate([self._slots(row) for row in rows])),
-            sampled=self._tensor(np.array([index[id(row)] for row in batch.sampling_rows])),
-            num_decode=len(decode),
-            decode=self._metadata(decode),
-            prefill=self._metadata(prefill),
-        )
-
-    def _slots(self, row: BatchRow) -> Integers:
-        first = row.start // self._block_size
-        table = np.array(row.sequence.block_table[first : -(-row.end // self._block_size)])
-        indices, offsets = np.divmod(np.arange(row.start, row.end), self._block_size)
-        slots: Integers = table[indices - first] * self._block_size + offsets
-        return slots
-
-    def _metadata(self, rows: Rows[BatchRow]) -> AttentionMetadata | None:
-        if not rows:
-            return None
-        return AttentionMetadata.build(
-            [row.sequence.block_table for row in rows],
-            [row.num_tokens for row in rows],
-            [row.end for row in rows],
-            self._arena.device,
-        )
-
-    def _tensor(self, values: Integers) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._arena.device)

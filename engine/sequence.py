@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from protocol.messages import FinishReason
 from protocol.sampling import SamplingParams
+
+Blocks = NDArray[np.int32]
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Tokens, blocks and progress of one request. Owned by one scheduler at a time.
 
-    ``token_ids`` holds prompt then output. ``block_table[i]`` holds the KV of tokens
-    [i * block_size, (i + 1) * block_size). ``num_computed`` tokens have their KV written.
+    ``token_ids`` holds prompt then output, of which other workers may have generated a part.
+    ``block_table[i]`` holds the KV of tokens [i * block_size, (i + 1) * block_size). It grows at
+    its end; other blocks are another list.
+    ``num_computed`` tokens have their KV written.
     """
 
     request_id: str
@@ -25,7 +32,15 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0  # tokens found in the prefix cache when its blocks were reserved
     arrival: int = 0  # order of admission on this worker
-    recomputed: bool = False  # its prompt is computed again here, after it lost its blocks
+    recomputed: bool = False  # KV that existed before is computed again here
+    num_given_tokens: int = field(init=False)  # known when the sequence came to this worker
+    _copied_table: list[int] | None = field(default=None, init=False, repr=False)
+    _copy: Blocks = field(init=False, repr=False)  # of its first _num_copied entries, then room
+    _num_copied: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.num_given_tokens = len(self.token_ids)
+        self._copy = np.empty(0, np.int32)
 
     @property
     def num_tokens(self) -> int:
@@ -36,6 +51,18 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Tokens generated so far, by whichever worker."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def blocks(self) -> Blocks:
+        """The block table as an array; a call copies only what has come since the last one."""
+        table = self.block_table
+        if table is not self._copied_table:
+            self._copied_table, self._num_copied = table, 0
+        if len(table) > len(self._copy):
+            self._copy = np.resize(self._copy, 2 * len(table))
+        if self._num_copied < len(table):
+            self._copy[self._num_copied : len(table)] = table[self._num_copied :]
+            self._num_copied = len(table)
+        return self._copy[: len(table)]
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends with its newest token: "stop", "length" or None (it goes on)."""

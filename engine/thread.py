@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from engine.batch import Batch
+from engine.sequence import Sequence
 
 
 class Runs(Protocol):
@@ -17,6 +19,11 @@ class Runs(Protocol):
 
     def run(self, batch: Batch) -> list[int]:
         """One new token for each of the batch's sampling rows, in order."""
+        ...
+
+    @property
+    def phase_seconds(self) -> Mapping[str, float]:
+        """Seconds of the last step's phases."""
         ...
 
 
@@ -32,6 +39,16 @@ class EngineThread:
             registry=registry,
             buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
         )
+        self._phase_seconds = Histogram(
+            "kvferry_engine_phase_seconds",
+            "Time of one phase of a step: prepare, forward, sample; and of the gap before a step "
+            "that goes on with sequences of the one before",
+            labelnames=("phase",),
+            registry=registry,
+            buckets=(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2),
+        )
+        self._ended = 0.0  # time.perf_counter() of the last step's end
+        self._last_sequences: set[Sequence] = set()  # of the last step
         self._prompt_tokens = Counter(
             "kvferry_prompt_tokens_computed",
             "Prompt tokens whose KV this worker computed for the first time",
@@ -46,18 +63,31 @@ class EngineThread:
             "kvferry_generation_tokens", "Tokens sampled by this worker", registry=registry
         )
 
-    async def run(self, batch: Batch) -> list[int]:
-        """One new token for each of the batch's sampling rows, in order."""
-        loop = asyncio.get_running_loop()
+    def run(self, batch: Batch) -> Awaitable[list[int]]:
+        """Start a step now. Await one new token for each of its sampling rows, in order."""
         started = time.perf_counter()
-        token_ids = await loop.run_in_executor(self._executor, self._engine.run, batch)
-        self._seconds.observe(time.perf_counter() - started)
+        loop = asyncio.get_running_loop()
+        step = loop.run_in_executor(self._executor, self._engine.run, batch)
+        return self._finish(batch, step, started)
+
+    async def _finish(self, batch: Batch, step: Awaitable[list[int]], started: float) -> list[int]:
+        token_ids = await step
+        self._time(batch, started)
         self._count(batch)
         return token_ids
 
     def close(self) -> None:
         """End the thread after the step it is running."""
         self._executor.shutdown()
+
+    def _time(self, batch: Batch, started: float) -> None:
+        sequences = {row.sequence for row in batch.rows}
+        if not sequences.isdisjoint(self._last_sequences):
+            self._phase_seconds.labels("gap").observe(started - self._ended)
+        for phase, seconds in self._engine.phase_seconds.items():
+            self._phase_seconds.labels(phase).observe(seconds)
+        self._last_sequences, self._ended = sequences, time.perf_counter()
+        self._seconds.observe(self._ended - started)
 
     def _count(self, batch: Batch) -> None:
         for row in batch.rows:

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.config import ModelConfig
+from kernels.cpu.memory import on_huge_pages
+from kernels.linear import Weight, pack, quantize
 from protocol.errors import ConfigError
 
 LoadFormat = Literal["auto", "dummy"]
+Quantization = Literal["int8"]
+Matrix = TypeVar("Matrix", Tensor, Weight)  # as loaded, or as computed with
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # In old Llama checkpoints: computed, not learned.
@@ -33,33 +37,33 @@ MAX_NAMED = 5  # tensors named in an error
 
 
 @dataclass(slots=True, eq=False)
-class LayerWeights:
+class LayerWeights(Generic[Matrix]):
     """One transformer layer; matrices are [out features, in features]."""
 
     attention_norm: Tensor  # [hidden]
-    qkv: Tensor  # [(heads + 2 * kv heads) * head_dim, hidden]: q, then k, then v
+    qkv: Matrix  # [(heads + 2 * kv heads) * head_dim, hidden]: q, then k, then v
     qkv_bias: Tensor | None  # [(heads + 2 * kv heads) * head_dim]
     q_norm: Tensor | None  # [head_dim]
     k_norm: Tensor | None  # [head_dim]
-    output: Tensor  # [hidden, heads * head_dim]
+    output: Matrix  # [hidden, heads * head_dim]
     mlp_norm: Tensor  # [hidden]
-    gate_up: Tensor  # [2 * intermediate, hidden]: gate, then up
-    down: Tensor  # [hidden, intermediate]
+    gate_up: Matrix  # [2 * intermediate, hidden]: gate, then up
+    down: Matrix  # [hidden, intermediate]
 
 
 @dataclass(slots=True, eq=False)
-class ModelWeights:
+class ModelWeights(Generic[Matrix]):
     """A whole model. ``head is embed`` when the two are tied."""
 
-    embed: Tensor  # [vocab, hidden]
-    layers: list[LayerWeights]
+    embed: Matrix  # [vocab, hidden]
+    layers: list[LayerWeights[Matrix]]
     norm: Tensor  # [hidden]
-    head: Tensor  # [vocab, hidden]
+    head: Matrix  # [vocab, hidden]
 
 
 def load_weights(
     folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[ModelWeights, str]:
+) -> tuple[ModelWeights[Tensor], str]:
     """Read the safetensors files of ``folder``; also the content's digest, as 32 hex digits.
 
     The digest covers every byte of every tensor used, ``dtype``, and the settings beside them that
@@ -92,7 +96,7 @@ def load_weights(
 
 def dummy_weights(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int
-) -> tuple[ModelWeights, str]:
+) -> tuple[ModelWeights[Tensor], str]:
     """Random weights from the config alone, the same on every device; and their digest.
 
     Cheap for large models: all tensors repeat one block of normal numbers from different offsets.
@@ -114,6 +118,46 @@ def dummy_weights(
     return weights, _combine([_computation(config, dtype), f"dummy {seed} {shapes}".encode()])
 
 
+def pack_weights(
+    loaded: ModelWeights[Tensor], digest: str, quantization: Quantization | None
+) -> tuple[ModelWeights[Weight], str]:
+    """The weights in the layout that computes fastest, or in 8 bits; their digest likewise.
+
+    Norms and biases stay as they are. ``loaded`` is used up, layer by layer, so that there is
+    never a second copy of more than one. Raises ConfigError for a shape that 8 bits do not allow.
+    """
+    if quantization is None:
+        return _converted(loaded, pack), digest
+    try:
+        return _converted(loaded, quantize), _combine([digest.encode(), quantization.encode()])
+    except ValueError as error:
+        raise ConfigError(f"quantization {quantization}: {error}") from error
+
+
+def _converted(
+    loaded: ModelWeights[Tensor], convert: Callable[[Tensor], Weight]
+) -> ModelWeights[Weight]:
+    tied = loaded.head is loaded.embed
+    layers: list[LayerWeights[Weight]] = []
+    while loaded.layers:
+        layer = loaded.layers.pop(0)
+        layers.append(
+            LayerWeights(
+                attention_norm=layer.attention_norm,
+                qkv=convert(layer.qkv),
+                qkv_bias=layer.qkv_bias,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                output=convert(layer.output),
+                mlp_norm=layer.mlp_norm,
+                gate_up=convert(layer.gate_up),
+                down=convert(layer.down),
+            )
+        )
+    head = convert(loaded.head)
+    return ModelWeights(head if tied else convert(loaded.embed), layers, loaded.norm, head)
+
+
 def _computation(config: ModelConfig, dtype: torch.dtype) -> bytes:
     """What decides, beside the weights and the rotary embedding, which KV a prompt gives."""
     return f"{dtype} {config.rms_norm_eps!r} {config.windows}".encode()
@@ -125,9 +169,9 @@ def _combine(parts: Iterable[bytes]) -> str:
 
 def _allocate(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, *, tied: bool
-) -> ModelWeights:
+) -> ModelWeights[Tensor]:
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return on_huge_pages(torch.empty(shape, dtype=dtype, device=device))
 
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_heads * config.head_dim
@@ -151,7 +195,7 @@ def _allocate(
     return ModelWeights(embed, layers, empty(hidden), head)
 
 
-def _places(config: ModelConfig, weights: ModelWeights) -> dict[str, Tensor]:
+def _places(config: ModelConfig, weights: ModelWeights[Tensor]) -> dict[str, Tensor]:
     """Where each published tensor goes: its name and a view into the fused weights."""
     kv = config.num_kv_heads * config.head_dim
     sizes = [config.num_heads * config.head_dim, kv, kv]

@@ -10,8 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from kernels.decode_items import DecodeItems, cut_rows
 
 QUERY_TILE = 256  # queries that share one mask in the torch twin
 
@@ -30,16 +34,6 @@ class QueryTile:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeItems:
-    """The chunks of all rows' keys, row by row: units of work for a GPU."""
-
-    rows: Tensor  # int32 [items]: the row an item belongs to
-    starts: Tensor  # int32 [items]: the item's first token, a multiple of the chunk
-    row_starts: Tensor  # int32 [rows + 1]: row i's items are [row_starts[i], row_starts[i + 1])
-    single: bool  # every row is exactly one item
-
-
-@dataclass(frozen=True, slots=True)
 class AttentionMetadata:
     """Row i's queries are the last ``query_lens[i]`` of its ``contexts[i]`` tokens.
 
@@ -51,32 +45,38 @@ class AttentionMetadata:
     context_lens: Tensor  # int32 [rows]: tokens of the row, the new ones included
     query_lens: tuple[int, ...]  # the same on the host
     contexts: tuple[int, ...]
+    balance_over: int = 0  # how decode's keys are cut; see kernels.decode_items
     _tables: list[Tensor] = field(default_factory=list, repr=False)
     _tiles: dict[tuple[int, int], list[QueryTile]] = field(default_factory=dict, repr=False)
-    _decode_items: dict[tuple[int, int], DecodeItems] = field(default_factory=dict, repr=False)
-    _prefill_tiles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _decode_items: dict[int, DecodeItems] = field(default_factory=dict, repr=False)
+    _prefill_tiles: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
         cls,
-        block_tables: Sequence[Sequence[int]],
+        block_tables: Sequence[Sequence[int] | NDArray[np.int32]],
         query_lens: Sequence[int],
         contexts: Sequence[int],
         device: torch.device | str,
+        *,
+        balance_over: int = 0,
     ) -> AttentionMetadata:
         """Of any number of rows. Raises ValueError when a row has more queries than tokens."""
         for queries, context in zip(query_lens, contexts, strict=True):
             if not 0 <= queries <= context:
                 raise ValueError(f"a row of {context} tokens cannot have {queries} queries")
         width = max(map(len, block_tables), default=0)
-        padded = [[*table, *[0] * (width - len(table))] for table in block_tables]
+        padded = np.zeros((len(block_tables), width), np.int32)
+        for target, table in zip(padded, block_tables, strict=True):
+            target[: len(table)] = table
         starts = [0, *accumulate(query_lens)]
         return cls(
-            block_tables=_int32(padded, device).view(len(padded), width),
+            block_tables=_int32(padded, device),
             query_starts=_int32(starts, device),
             context_lens=_int32(list(contexts), device),
             query_lens=tuple(query_lens),
             contexts=tuple(contexts),
+            balance_over=balance_over,
         )
 
     def row_blocks(self, row: int) -> Tensor:
@@ -96,25 +96,21 @@ class AttentionMetadata:
             ]
         return self._tiles[key]
 
-    def decode_items(self, chunk: int, window: int) -> DecodeItems:
-        """The work of one query per row, in items of ``chunk`` tokens; none outside a window."""
-        key = (chunk, window)
-        if key not in self._decode_items:
-            spans = [
-                range((max(context - window, 0) if window else 0) // chunk * chunk, context, chunk)
-                for context in self.contexts
-            ]
+    def decode_items(self, window: int) -> DecodeItems:
+        """The work of one query per row, without the keys that ``window`` hides."""
+        if window not in self._decode_items:
+            cut = cut_rows(np.array(self.contexts, np.int64), window, self.balance_over)
             device = self.block_tables.device
-            self._decode_items[key] = DecodeItems(
-                rows=_int32([row for row, span in enumerate(spans) for _ in span], device),
-                starts=_int32([start for span in spans for start in span], device),
-                row_starts=_int32([0, *accumulate(map(len, spans))], device),
-                single=all(len(span) == 1 for span in spans),
+            self._decode_items[window] = DecodeItems(
+                items=_int32(cut.items, device),
+                count=_int32([len(cut.items)], device),
+                row_starts=_int32(cut.row_starts, device),
+                num_places=int(cut.row_starts[-1]),
             )
-        return self._decode_items[key]
+        return self._decode_items[window]
 
-    def prefill_tiles(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Row and first query (from the row's first) of every tile of ``tokens`` queries, int32.
+    def prefill_tiles(self, tokens: int) -> Tensor:
+        """Every tile of ``tokens`` queries, int32 [tiles, 2]: row, first query of the row.
 
         Tiles that see many keys come first, so that none of them is left for the end.
         """
@@ -125,11 +121,7 @@ class AttentionMetadata:
                 for start in range(0, queries, tokens)
             ]
             tiles.sort(key=lambda tile: self._num_before(tile[0]) + tile[1], reverse=True)
-            device = self.block_tables.device
-            self._prefill_tiles[tokens] = (
-                _int32([row for row, _ in tiles], device),
-                _int32([start for _, start in tiles], device),
-            )
+            self._prefill_tiles[tokens] = _int32(tiles, self.block_tables.device).view(-1, 2)
         return self._prefill_tiles[tokens]
 
     def _num_before(self, row: int) -> int:
@@ -158,5 +150,5 @@ class AttentionMetadata:
         )
 
 
-def _int32(values: list[int] | list[list[int]], device: torch.device | str) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32).to(device)
+def _int32(values: ArrayLike, device: torch.device | str) -> Tensor:
+    return torch.from_numpy(np.asarray(values, np.int32)).to(device)

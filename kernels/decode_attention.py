@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kernels.attention_metadata import AttentionMetadata
 from kernels.backend import use_triton
+from kernels.cpu import library
+from kernels.cpu.decode_attention import MAX_HEAD_DIM, decode_attention_native
 
 
 def decode_attention(
@@ -18,12 +20,16 @@ def decode_attention(
     ``q`` is [rows, num_heads, head_dim], its last dimension contiguous; ``kv`` is a layer's view
     of the arena, [num_blocks, num_kv_heads, 2, block_size, head_dim]. A row's query is the last
     of its tokens. ``window`` 0 means none; else a query at position p sees keys in
-    (p - window, p]. A row of no tokens gives zeros. A row's result does not depend on the others.
+    (p - window, p]. ``scale`` is positive. A row of no tokens gives zeros. A row's result does not
+    depend on the others, unless ``meta.balance_over`` cuts it by what they hold.
     """
     if use_triton(q):
         from kernels.gpu.decode_attention import decode_attention_triton
 
         return decode_attention_triton(q, kv, meta, scale=scale, window=window)
+    native = library.load()
+    if native is not None and q.shape[2] <= MAX_HEAD_DIM:
+        return decode_attention_native(native, q, kv, meta, scale=scale, window=window)
     return decode_attention_torch(q, kv, meta, scale=scale, window=window)
 
 

@@ -2,9 +2,9 @@
 
 With m the finaliser of splitmix64 and c its increment, all in 64-bit integers:
 
-    key  = m(seed + c * (position + 1))
-    bits = m(m(key) + c * (index + 1))
-    u    = (bits / 2^12 + 1/2) / 2^52       exactly representable, never 0 or 1
+    key  = m(m(seed + c * (position + 1)))
+    bits = m(key + c * (index + 1))
+    u    = (bits div 2^12 + 1/2) / 2^52     exactly representable, never 0 or 1
     noise = -log(-log u)                    in float64, rounded to float32
 
 The bits are the same on every device. The logarithms differ between devices and between vector
@@ -18,26 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.backend import use_triton
-
 INCREMENT = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Independent standard Gumbel variables, float32 [rows, vocab_size].
+    """Independent standard Gumbel variables, float32 [rows, vocab_size], on the CPU.
 
-    ``seeds`` and ``positions`` are int64 [rows]; a row depends on its own pair alone.
+    ``seeds`` and ``positions`` are int64 [rows]; a row depends on its own pair alone. On a GPU
+    ``kernels.gpu.gumbel`` computes them where they are used.
     """
-    if use_triton(seeds):
-        from kernels.gpu.gumbel import gumbel_noise_triton
-
-        return gumbel_noise_triton(seeds, positions, vocab_size)
-    return gumbel_noise_torch(seeds, positions, vocab_size)
-
-
-def gumbel_noise_torch(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """``gumbel_noise`` on the CPU."""
     # numpy for the bits: torch has no logical shift of 64-bit integers.
     increment = np.uint64(INCREMENT)
     counters = (positions.numpy().view(np.uint64) + np.uint64(1)) * increment

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from kernels.attention_metadata import AttentionMetadata
 from kernels.backend import use_triton
+from kernels.cpu import library
+from kernels.cpu.prefill_attention import MAX_HEAD_DIM, prefill_attention_native
 
 
 def prefill_attention(
@@ -19,12 +21,15 @@ def prefill_attention(
     after the other; ``kv`` is a layer's view of the arena,
     [num_blocks, num_kv_heads, 2, block_size, head_dim], in which the queries' own keys are
     already written. A query at position p sees keys up to p; with a ``window`` other than 0, only
-    those in (p - window, p].
+    those in (p - window, p]. ``scale`` is positive.
     """
     if use_triton(q):
         from kernels.gpu.prefill_attention import prefill_attention_triton
 
         return prefill_attention_triton(q, kv, meta, scale=scale, window=window)
+    native = library.load_for_products()
+    if native is not None and q.dtype == torch.bfloat16 and q.shape[2] <= MAX_HEAD_DIM:
+        return prefill_attention_native(native, q, kv, meta, scale=scale, window=window)
     return prefill_attention_torch(q, kv, meta, scale=scale, window=window)
 
 

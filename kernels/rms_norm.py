@@ -6,18 +6,23 @@ import torch
 from torch import Tensor
 
 from kernels.backend import use_triton
+from kernels.cpu import library
+from kernels.cpu.elementwise import add_rms_norm_native, rms_norm_native
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x`` over its root mean square along the last dimension, times ``weight``.
 
-    ``x`` is [..., n] with two or three dimensions, the last contiguous; ``weight`` is [n]. In
-    float32, rounded to ``x``'s type before the weight is applied, as Llama does. A new tensor.
+    ``x`` is [tokens, n], its last dimension contiguous; ``weight`` is [n]. In float32, rounded to
+    ``x``'s type before the weight is applied, as Llama does. A new tensor.
     """
     if use_triton(x):
         from kernels.gpu.rms_norm import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps)
+    native = library.load()
+    if native is not None:
+        return rms_norm_native(native, x, weight, eps)
     return rms_norm_torch(x, weight, eps)
 
 
@@ -30,6 +35,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         from kernels.gpu.rms_norm import add_rms_norm_triton
 
         return add_rms_norm_triton(x, residual, weight, eps)
+    native = library.load()
+    if native is not None:
+        return add_rms_norm_native(native, x, residual, weight, eps)
     return add_rms_norm_torch(x, residual, weight, eps)
 
 

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import use_triton
+from kernels.cpu import library
+from kernels.cpu.elementwise import silu_mul_native
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -18,6 +20,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         from kernels.gpu.silu_mul import silu_mul_triton
 
         return silu_mul_triton(gate_up)
+    native = library.load()
+    if native is not None:
+        return silu_mul_native(native, gate_up)
     return silu_mul_torch(gate_up)
 
 

@@ -25,6 +25,22 @@ SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 COMPILE_TIMEOUT = 300.0  # seconds
 
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in vectors.h
+# The functions' arguments: p a pointer or None, i an int64_t, f a float. They return nothing.
+SIGNATURES = {
+    "digest_blocks": "ppiip",
+    "copy_blocks": "ppppiip",
+    "add_rms_norm": "ipipipfppii",
+    "decode_attention": "ipiipiiiiipipiiifip",
+    "linear_bf16": "pipppiii",
+    "linear_int8": "ipipppppiii",
+    "prefill_attention": "piipiiiiipippiiifip",
+    "rms_norm": "ipipfpii",
+    "rotate_and_write": "ipppfppppiiiipiiii",
+    "silu_mul": "ippii",
+}
+_C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
@@ -36,11 +52,29 @@ def load() -> ctypes.CDLL | None:
         log.warning("no C++ compiler (g++) was found: CPU kernels run in torch, which is slower")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        return _declared(ctypes.CDLL(str(_compiled(compiler))))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         log.warning("the C++ kernels cannot be built, torch is used instead: %s", reason)
         return None
+
+
+def load_for_products() -> ctypes.CDLL | None:
+    """The library, or None also where torch multiplies bf16 matrices faster: oneDNN uses AMX."""
+    return None if torch.cpu._is_amx_tile_supported() else load()
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Where the tensor's first element lies; None for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = [_C_TYPES[kind] for kind in arguments]
+        function.restype = None
+    return library
 
 
 def _compiled(compiler: str) -> Path:

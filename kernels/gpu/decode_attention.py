@@ -1,12 +1,14 @@
-"""Decode attention: split KV, a work list of fixed chunks, then a combination of the parts.
+"""Decode attention: split KV over a list of items, then a combination of rows in several parts.
 
-An item is CHUNK tokens of one row; a program computes it for one KV head and the query heads that
-share it, packed into one tile. Chunks start at multiples of CHUNK whatever the batch, so a row's
-sums, and with them its result, do not depend on the other rows.
+An item is a run of one row's keys; a program computes it for one KV head and the query heads that
+share it, packed into one tile. As many programs as fit on the GPU take the items in turn, so the
+launch has one shape whatever the batch. An item that is its row's only one writes the result.
 """
 
 # ruff: noqa: N803 (what a kernel is compiled for is in capitals)
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -14,156 +16,198 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_metadata import AttentionMetadata
-from kernels.gpu.language import INTERPRETING, Pointer, Scalar, kernel, narrow, widen
+from kernels.decode_items import TILE
+from kernels.gpu.language import (
+    INTERPRETING,
+    LOG2_E,
+    MAX_HEAD_DIM,
+    Pointer,
+    Scalar,
+    kernel,
+    narrow,
+    num_multiprocessors,
+    padded_head_dim,
+    widen,
+)
+from kernels.gpu.paged import block_ids, key_tile
 
-CHUNK = 512  # tokens of an item
-TILE = 64  # tokens of one iteration
-LOG2_E = 1.4426950408889634
+PARTS = 16  # partial results that are combined at once
+PROGRAMS_PER_SM = {16: 6, 32: 6, 64: 6, 128: 3, 256: 2}  # that fit, by padded head_dim
 
 
 @kernel(do_not_specialize=["table_stride"])
 def decode_attention_kernel(
-    q: Pointer,  # [rows, kv heads * GROUP, HEAD_DIM], last dimension contiguous
-    kv: Pointer,  # [blocks, kv heads, 2, BLOCK_SIZE, HEAD_DIM], last two contiguous
+    q: Pointer,  # [rows, KV_HEADS * GROUP, HEAD_DIM], last dimension contiguous
+    kv: Pointer,  # [blocks, KV_HEADS, 2, BLOCK_SIZE, HEAD_DIM], last two contiguous
     block_tables: Pointer,  # int32 [rows, table_stride]
-    contexts: Pointer,  # int32 [rows]
-    item_rows: Pointer,  # int32 [items]
-    item_starts: Pointer,  # int32 [items]: first token of the chunk
-    out: Pointer,  # SINGLE: [rows, kv heads * GROUP, HEAD_DIM]; else float32 [items, ...] sums
-    peaks: Pointer,  # float32 [items, kv heads * GROUP]: largest score, in powers of 2
-    totals: Pointer,  # float32 [items, kv heads * GROUP]: sum of exponentials
+    items: Pointer,  # int32 [capacity, 4]: row, first token, end, place in parts or -1
+    num_items: Pointer,  # int32 [1]
+    out: Pointer,  # [rows, KV_HEADS * GROUP, HEAD_DIM]
+    parts: Pointer,  # float32 [places, KV_HEADS * GROUP, HEAD_DIM]
+    part_sums: Pointer,  # float32 [places, KV_HEADS * GROUP]: log2 of the sum of exponentials
     q_stride: Scalar,
     q_head_stride: Scalar,
     kv_block_stride: Scalar,
     kv_head_stride: Scalar,
-    kv_part_stride: Scalar,
+    kv_part_stride: Scalar,  # from a K tile to its V tile
     table_stride: Scalar,
     scale: Scalar,  # of q K^T, times log2 e
-    WINDOW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
-    SINGLE: tl.constexpr,  # every row is one item
     UPCAST: tl.constexpr,
 ) -> None:
-    item, head = tl.program_id(0), tl.program_id(1)
-    row = tl.load(item_rows + item).to(tl.int64)
-    context = tl.load(contexts + row)
-    chunk_start = tl.load(item_starts + item)
-    end = tl.minimum(chunk_start + CHUNK, context)
-    lowest = 0  # first key the query sees
-    if WINDOW > 0:
-        lowest = tl.maximum(context - WINDOW, 0)
-    start = tl.maximum(chunk_start, lowest // TILE * TILE)
-
-    heads = head * GROUP + tl.arange(0, GROUP_PADDED)
+    in_group = tl.arange(0, GROUP_PADDED) < GROUP
     columns = tl.arange(0, DIM_PADDED)
-    inside = (tl.arange(0, GROUP_PADDED) < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
-    queries = q + row * q_stride + heads[:, None] * q_head_stride + columns[None, :]
-    query = widen(tl.load(queries, mask=inside, other=0.0), UPCAST)
+    inside = in_group[:, None] & (columns < HEAD_DIM)[None, :]
+    for unit in range(tl.program_id(0), tl.load(num_items) * KV_HEADS, tl.num_programs(0)):
+        item = items + unit // KV_HEADS * 4
+        head = unit % KV_HEADS
+        row = tl.load(item).to(tl.int64)
+        start = tl.load(item + 1)
+        end = tl.load(item + 2)
+        place = tl.load(item + 3).to(tl.int64)
 
-    peak = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PADDED], tl.float32)
-    sums = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
-    table = block_tables + row * table_stride
-    for first in range(start, end, TILE):
-        tokens = first + tl.arange(0, TILE)
-        seen = (tokens >= lowest) & (tokens < end)
-        block = tl.load(table + tokens // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-        offsets = block * kv_block_stride + tokens % BLOCK_SIZE * HEAD_DIM
-        tile = kv + head.to(tl.int64) * kv_head_stride + offsets[:, None] + columns[None, :]
-        loaded = seen[:, None] & (columns < HEAD_DIM)[None, :]
-        keys = widen(tl.load(tile, mask=loaded, other=0.0), UPCAST)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_peak[:, None])  # every tile has a key that is seen
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, axis=1)
-        # Memory beyond the context is arbitrary, and 0 * NaN is NaN: masked, not weighted by 0.
-        values = widen(tl.load(tile + kv_part_stride, mask=loaded, other=0.0), UPCAST)
-        sums = sums * shrink[:, None]
-        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
-        peak = new_peak
+        heads = head * GROUP + tl.arange(0, GROUP_PADDED)
+        queries = q + row * q_stride + heads[:, None] * q_head_stride + columns[None, :]
+        query = widen(tl.load(queries, mask=inside, other=0.0), UPCAST)
+        keys_of_head = kv + head.to(tl.int64) * kv_head_stride
+        table = block_tables + row * table_stride
+        peak = tl.full([GROUP_PADDED], float("-inf"), tl.float32)  # in powers of 2
+        total = tl.zeros([GROUP_PADDED], tl.float32)
+        sums = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
+        aligned = start // TILE * TILE
+        ids = block_ids(table, aligned, end, BLOCK_SIZE, TILE)
+        for first in range(aligned, end, TILE):
+            tokens = first + tl.arange(0, TILE)
+            seen = (tokens >= start) & (tokens < end)
+            tile = key_tile(
+                keys_of_head, ids, first, kv_block_stride, HEAD_DIM, DIM_PADDED, BLOCK_SIZE, TILE
+            )
+            ids = block_ids(table, first + TILE, end, BLOCK_SIZE, TILE)
+            loaded = seen[:, None] & (columns < HEAD_DIM)[None, :]
+            keys = widen(tl.load(tile, mask=loaded, other=0.0), UPCAST)
+            scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
+            scores = tl.where(seen[None, :], scores, float("-inf"))  # not the whole tile
+            new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
+            weights = tl.exp2(scores * scale - new_peak[:, None])
+            shrink = tl.exp2(peak - new_peak)
+            total = total * shrink + tl.sum(weights, axis=1)
+            # Memory past the end is arbitrary, and 0 * NaN is NaN: what no query sees is not read.
+            values = widen(tl.load(tile + kv_part_stride, mask=loaded, other=0.0), UPCAST)
+            sums = sums * shrink[:, None]
+            sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
+            peak = new_peak
 
-    num_heads = tl.num_programs(1) * GROUP
-    if SINGLE:
-        result = narrow(sums / total[:, None], out.dtype.element_ty, UPCAST)
-        target = out + (row * num_heads + heads[:, None]) * HEAD_DIM + columns[None, :]
-        tl.store(target, result, mask=inside)
-    else:
-        places = item.to(tl.int64) * num_heads + heads
-        in_group = tl.arange(0, GROUP_PADDED) < GROUP
-        tl.store(peaks + places, peak, mask=in_group)
-        tl.store(totals + places, total, mask=in_group)
-        tl.store(out + places[:, None] * HEAD_DIM + columns[None, :], sums, mask=inside)
+        result = sums / tl.where(total > 0.0, total, 1.0)[:, None]  # an empty item gives zeros
+        num_heads = KV_HEADS * GROUP
+        in_heads = heads[:, None] * HEAD_DIM + columns[None, :]
+        if place < 0:
+            target = out + row * (num_heads * HEAD_DIM) + in_heads
+            tl.store(target, narrow(result, out.dtype.element_ty, UPCAST), mask=inside)
+        else:
+            tl.store(part_sums + place * num_heads + heads, peak + tl.log2(total), mask=in_group)
+            tl.store(parts + place * (num_heads * HEAD_DIM) + in_heads, result, mask=inside)
 
 
 @kernel()
 def combine_kernel(
-    sums: Pointer,  # float32 [items, heads, HEAD_DIM]
-    peaks: Pointer,  # float32 [items, heads]
-    totals: Pointer,  # float32 [items, heads]
-    row_starts: Pointer,  # int32 [rows + 1]: row i's items are [starts[i], starts[i + 1])
-    out: Pointer,  # [rows, heads, HEAD_DIM]
+    parts: Pointer,  # float32 [places, heads, HEAD_DIM]
+    part_sums: Pointer,  # float32 [places, heads]
+    row_starts: Pointer,  # int32 [rows + 1]: row i's places are [starts[i], starts[i + 1])
+    out: Pointer,  # [rows, heads, HEAD_DIM]; only rows that have places are written
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_heads = tl.num_programs(1)
+    start = tl.load(row_starts + row).to(tl.int64)
+    end = tl.load(row_starts + row + 1)
     columns = tl.arange(0, DIM_PADDED)
-    inside = columns < HEAD_DIM
     peak = float("-inf")
     total = 0.0
     result = tl.zeros([DIM_PADDED], tl.float32)
-    first_item = tl.load(row_starts + row).to(tl.int64)
-    num_items = tl.load(row_starts + row + 1) - first_item
-    for index in range(num_items):
-        place = (first_item + index) * num_heads + head
-        part_peak = tl.load(peaks + place)
-        new_peak = tl.maximum(peak, part_peak)
-        shrink, part_shrink = tl.exp2(peak - new_peak), tl.exp2(part_peak - new_peak)
-        part = tl.load(sums + place * HEAD_DIM + columns, mask=inside, other=0.0)
-        result = result * shrink + part * part_shrink
-        total = total * shrink + tl.load(totals + place) * part_shrink
+    for first in range(start, end, PARTS):
+        places = first + tl.arange(0, PARTS)
+        used = places < end
+        slots = places * num_heads + head
+        log_sums = tl.load(part_sums + slots, mask=used, other=float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(log_sums, axis=0))
+        weights = tl.exp2(log_sums - new_peak)
+        shrink = tl.exp2(peak - new_peak)
+        inside = used[:, None] & (columns < HEAD_DIM)[None, :]
+        values = tl.load(parts + slots[:, None] * HEAD_DIM + columns, mask=inside, other=0.0)
+        result = result * shrink + tl.sum(values * weights[:, None], axis=0)
+        total = total * shrink + tl.sum(weights, axis=0)
         peak = new_peak
-    result = result / tl.where(total > 0.0, total, 1.0)  # a row without tokens has no items
-    target = out + (row * num_heads + head) * HEAD_DIM + columns
-    tl.store(target, narrow(result, out.dtype.element_ty, UPCAST), mask=inside)
+    if end > start:
+        target = out + (row * num_heads + head) * HEAD_DIM + columns
+        combined = narrow(result / total, out.dtype.element_ty, UPCAST)
+        tl.store(target, combined, mask=columns < HEAD_DIM)
+
+
+def decode_programs(device: torch.device, head_dim: int) -> int:
+    """How many programs run at once: what a launch uses, and what keys may be balanced over."""
+    return num_multiprocessors(device) * PROGRAMS_PER_SM[padded_head_dim(head_dim)]
+
+
+def decode_constants(num_heads: int, kv: Tensor) -> dict[str, Any]:
+    """What ``decode_attention_kernel`` is compiled for, its launch options included.
+
+    ``kv`` is [blocks, kv heads, 2, block_size, head_dim]. Raises ValueError for a head_dim above
+    256.
+    """
+    _, num_kv_heads, _, block_size, head_dim = kv.shape
+    group = num_heads // num_kv_heads
+    padded = padded_head_dim(head_dim)
+    return {
+        "KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "GROUP_PADDED": max(triton.next_power_of_2(group), 16),  # the least a matrix unit takes
+        "HEAD_DIM": head_dim,
+        "DIM_PADDED": padded,
+        "BLOCK_SIZE": block_size,
+        "TILE": TILE if padded < MAX_HEAD_DIM else TILE // 2,
+        "UPCAST": INTERPRETING,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
 
 
 def decode_attention_triton(
     q: Tensor, kv: Tensor, meta: AttentionMetadata, *, scale: float, window: int
 ) -> Tensor:
-    """``kernels.decode_attention.decode_attention`` on a GPU."""
+    """``kernels.decode_attention.decode_attention`` on a GPU.
+
+    Reads the batch from ``meta``'s tensors alone: a graph that captured this call computes the
+    batch they hold when it is replayed.
+    """
     rows, num_heads, head_dim = q.shape
     num_kv_heads = kv.shape[1]
-    group = num_heads // num_kv_heads
-    padded = triton.next_power_of_2(head_dim)
-    items = meta.decode_items(CHUNK, window)
+    work = meta.decode_items(window)
+    constants = decode_constants(num_heads, kv)
     out = torch.empty((rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
-    parts, peaks, totals = out, out, out  # what SINGLE does not use
-    if not items.single:
-        shape = (len(items.rows), num_heads)
-        parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
-        peaks = torch.empty(shape, dtype=torch.float32, device=q.device)
-        totals = torch.empty_like(peaks)
-    if len(items.rows):
-        decode_attention_kernel[(len(items.rows), num_kv_heads)](
+    parts = torch.empty(
+        (work.num_places, num_heads, head_dim), dtype=torch.float32, device=q.device
+    )
+    part_sums = torch.empty((work.num_places, num_heads), dtype=torch.float32, device=q.device)
+    programs = decode_programs(q.device, head_dim)
+    if rows:
+        decode_attention_kernel[(min(len(work.items) * num_kv_heads, programs),)](
             q,
             kv,
             meta.block_tables,
-            meta.context_lens,
-            items.rows,
-            items.starts,
+            work.items,
+            work.count,
+            out,
             parts,
-            peaks,
-            totals,
+            part_sums,
             q.stride(0),
             q.stride(1),
             kv.stride(0),
@@ -171,28 +215,17 @@ def decode_attention_triton(
             kv.stride(2),
             meta.block_tables.shape[1],
             scale * LOG2_E,
-            WINDOW=window,
-            GROUP=group,
-            GROUP_PADDED=max(triton.next_power_of_2(group), 16),
-            HEAD_DIM=head_dim,
-            DIM_PADDED=padded,
-            BLOCK_SIZE=kv.shape[3],
-            CHUNK=CHUNK,
-            TILE=TILE,
-            SINGLE=items.single,
-            UPCAST=INTERPRETING,
-            num_warps=4,
-            num_stages=3,
+            **constants,
         )
-    if not items.single and rows:
+    if work.num_places:
         combine_kernel[(rows, num_heads)](
             parts,
-            peaks,
-            totals,
-            items.row_starts,
+            part_sums,
+            work.row_starts,
             out,
             HEAD_DIM=head_dim,
-            DIM_PADDED=padded,
+            DIM_PADDED=constants["DIM_PADDED"],
+            PARTS=PARTS,
             UPCAST=INTERPRETING,
         )
     return out

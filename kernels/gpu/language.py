@@ -9,8 +9,10 @@ arithmetic, and ``narrow`` rounds with integers before the type changes. It is f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -20,6 +22,23 @@ Scalar = tl.tensor  # an integer or a float
 Tile = tl.tensor  # a block of values in registers
 
 INTERPRETING: bool = triton.knobs.runtime.interpret
+LOG2_E = 1.4426950408889634
+MAX_HEAD_DIM = 256
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 for the interpreter, so that programs which take units in turn take several."""
+    if INTERPRETING:
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile of heads, at least a matrix unit's 16. ValueError above 256."""
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {head_dim} is above {MAX_HEAD_DIM}")
+    return max(int(triton.next_power_of_2(head_dim)), 16)
 
 
 def kernel(*, do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:

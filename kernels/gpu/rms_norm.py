@@ -13,17 +13,15 @@ from kernels.gpu.language import INTERPRETING, Pointer, Scalar, kernel, narrow
 
 @kernel()
 def rms_norm_kernel(
-    x: Pointer,  # [outer, INNER, N], last dimension contiguous
-    residual: Pointer,  # [outer, N]
+    x: Pointer,  # [tokens, N], last dimension contiguous
+    residual: Pointer,  # the same
     weight: Pointer,  # [N]
-    total: Pointer,  # [outer, N]: x + residual
-    out: Pointer,  # [outer, INNER, N], contiguous
+    total: Pointer,  # [tokens, N]: x + residual
+    out: Pointer,  # [tokens, N]
     x_stride: Scalar,
-    x_inner_stride: Scalar,
     residual_stride: Scalar,
     eps: Scalar,
     N: tl.constexpr,
-    INNER: tl.constexpr,
     PADDED: tl.constexpr,
     ADD: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -31,8 +29,7 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, PADDED)
     inside = columns < N
-    start = row // INNER * x_stride + row % INNER * x_inner_stride
-    values = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         added = tl.load(residual + row * residual_stride + columns, mask=inside, other=0.0)
         rounded = narrow(values + added.to(tl.float32), x.dtype.element_ty, UPCAST)
@@ -48,8 +45,7 @@ def rms_norm_kernel(
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``kernels.rms_norm.rms_norm`` on a GPU."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inner = x.shape[1] if x.dim() == 3 else 1
-    _launch(x, x, weight, x, out, inner, eps, add=False)
+    _launch(x, x, weight, x, out, eps, add=False)
     return out
 
 
@@ -59,7 +55,7 @@ def add_rms_norm_triton(
     """``kernels.rms_norm.add_rms_norm`` on a GPU."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(out)
-    _launch(x, residual, weight, total, out, 1, eps, add=True)
+    _launch(x, residual, weight, total, out, eps, add=True)
     return out, total
 
 
@@ -69,27 +65,24 @@ def _launch(
     weight: Tensor,
     total: Tensor,
     out: Tensor,
-    inner: int,
     eps: float,
     *,
     add: bool,
 ) -> None:
-    n = x.shape[-1]
-    if x.numel() == 0:
+    tokens, n = x.shape
+    if tokens == 0:
         return
     padded = triton.next_power_of_2(n)
-    rms_norm_kernel[(x.numel() // n,)](
+    rms_norm_kernel[(tokens,)](
         x,
         residual,
         weight,
         total,
         out,
         x.stride(0),
-        x.stride(1) if inner > 1 else 0,
         residual.stride(0),
         eps,
         N=n,
-        INNER=inner,
         PADDED=padded,
         ADD=add,
         UPCAST=INTERPRETING,

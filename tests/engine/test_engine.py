@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import engine as engine_module
+from engine import memory
 from engine.batch import Batch, BatchRow
 from engine.engine import Engine, EngineConfig
 from engine.sequence import Sequence
@@ -97,7 +97,7 @@ def test_kv_memory_decides_the_number_of_blocks(checkpoint: Callable[[str], Path
 def test_kv_memory_is_bounded_by_free_memory(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "_free_host_memory", lambda: 10 << 20)
+    monkeypatch.setattr(memory, "_free_host_memory", lambda: 10 << 20)
     engine = load(checkpoint("llama"), num_blocks=None, kv_cache_memory=50.0)
     assert engine.num_blocks == (9 << 20) // engine.geometry.row_bytes
 
@@ -139,3 +139,25 @@ def test_config_and_checkpoint_never_reach_torch() -> None:
     code = "import sys, engine.config, engine.checkpoint; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "able", "warns"),
+    [
+        ("bfloat16", {"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, True),
+        ("bfloat16", {"avx512_bf16": False, "amx_bf16": True}, False),
+        ("float16", {"avx512_bf16": True, "avx512_fp16": False}, True),
+        ("float32", {}, False),
+    ],
+)
+def test_a_type_without_instructions_is_pointed_out(
+    checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    dtype: str,
+    able: dict[str, bool],
+    warns: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    load(checkpoint("llama"), dtype=dtype)
+    assert any("float32 may be faster" in message for message in caplog.messages) == warns

@@ -1,22 +1,13 @@
-"""Sampling: distributions, filters with ties, penalties, independence of rows."""
+"""Sampling: distributions, penalties, stops, independence of rows."""
 
 from __future__ import annotations
 
 import math
-import random
-from fractions import Fraction
 
-import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import RepetitionPenaltyLogitsProcessor
 
-from engine import sampler
 from engine.sampler import sample
 from engine.sequence import Sequence
 from protocol.sampling import SamplingParams
@@ -68,85 +59,6 @@ def test_frequencies_under_top_k_are_renormalised() -> None:
     expected = logits.where(logits >= 0.0, -math.inf).softmax(0)
     tokens = sample(logits.repeat(len(sequences), 1), sequences)
     assert chi_square(tokens, expected) < CRITICAL_3
-
-
-@pytest.fixture
-def noise_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The noise makes a row choose the token that is its seed, if the filters leave it."""
-
-    def noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-        return torch.nn.functional.one_hot(seeds, vocab_size) * 1e9
-
-    monkeypatch.setattr(sampler, "gumbel_noise", noise)
-
-
-def support(logits: list[float], **sampling: object) -> set[int]:
-    sequences = [sequence(seed=token, **sampling) for token in range(len(logits))]
-    chosen = sample(rows(logits, len(logits)), sequences)
-    return {token for token, choice in enumerate(chosen) if token == choice}
-
-
-def expected_support(weights: list[int], top_k: int, top_p: Fraction, min_p: Fraction) -> set[int]:
-    """By the definition, in exact arithmetic; probabilities are proportional to the weights."""
-    tokens = range(len(weights))
-    kept = [t for t in tokens if not top_k or sum(w > weights[t] for w in weights) < top_k]
-    total = sum(weights[t] for t in kept)
-
-    def more_probable(token: int) -> Fraction:
-        above = sum(weights[other] for other in kept if weights[other] > weights[token])
-        return Fraction(above, total)
-
-    kept = [t for t in kept if more_probable(t) < top_p]
-    return {t for t in kept if weights[t] >= min_p * max(weights)}
-
-
-@pytest.mark.usefixtures("noise_chooses")
-def test_filters_keep_exactly_what_their_definitions_say_ties_included() -> None:
-    rng = random.Random(5)
-    for _ in range(150):
-        weights = [rng.choice([1, 2, 3, 5, 8, 13]) for _ in range(12)]
-        top_k = rng.choice([0, 1, 3, 6, 11, 12, 40])
-        # Off every sum of weights, where float and exact arithmetic may differ.
-        top_p = rng.choice([Fraction(1), Fraction(rng.randrange(1, 100_003), 100_003)])
-        min_p = rng.choice([Fraction(0), Fraction(rng.randrange(1, 1000), 1009)])
-        found = support(
-            [math.log(weight) for weight in weights],
-            top_k=top_k,
-            top_p=float(top_p),
-            min_p=float(min_p),
-        )
-        assert found == expected_support(weights, top_k, top_p, min_p)
-
-
-@pytest.mark.usefixtures("noise_chooses")
-@pytest.mark.parametrize("top_p", [0.05, 0.6, 0.99])
-@pytest.mark.parametrize("spread", [0.1, 4.0])
-def test_filters_agree_with_transformers_on_a_large_vocabulary(top_p: float, spread: float) -> None:
-    """A flat distribution's top-p set exceeds the candidates that are looked at first."""
-    logits = torch.randn(3000, generator=torch.Generator().manual_seed(1)) * spread
-    tokens = torch.zeros((1, 1), dtype=torch.long)
-    expected = logits.unsqueeze(0)
-    for warper in (TopKLogitsWarper(2900), TopPLogitsWarper(top_p), MinPLogitsWarper(0.01)):
-        expected = warper(tokens, expected)
-    kept = expected[0].isfinite().nonzero().squeeze(1).tolist()
-    sequences = [sequence(seed=t, top_k=2900, top_p=top_p, min_p=0.01) for t in range(3000)]
-    chosen = sample(logits.repeat(3000, 1), sequences)
-    found = {token for token, choice in enumerate(chosen) if token == choice}
-    # At the set's edge float32 and float64 may differ by a token.
-    assert len(found ^ set(kept)) <= 1
-    assert len(found) == pytest.approx(len(kept), abs=1)
-
-
-@pytest.mark.usefixtures("noise_chooses")
-def test_rows_with_and_without_filters_keep_apart() -> None:
-    settings: list[dict[str, object]] = [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}]
-    alone = [support(LOGITS, **setting) for setting in settings]
-    assert [len(kept) for kept in alone] == [8, 2, 2, 2]
-    sequences = [sequence(seed=token, **s) for s in settings for token in range(len(LOGITS))]
-    chosen = sample(rows(LOGITS, len(sequences)), sequences)
-    for index, kept in enumerate(alone):
-        part = chosen[index * len(LOGITS) : (index + 1) * len(LOGITS)]
-        assert {token for token, choice in enumerate(part) if token == choice} == kept
 
 
 def test_repetition_penalty_agrees_with_transformers() -> None:

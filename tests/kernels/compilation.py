@@ -19,7 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 HOPPER = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY = 227 * 1024  # bytes the programs on one multiprocessor may use on sm_90
+SHARED_MEMORY = 228 * 1024  # bytes of one multiprocessor
+RESERVED_SHARED = 1024  # bytes of it that each program takes on top of its own
 REGISTERS = 64 * 1024  # of one multiprocessor
 
 # 16 bytes a thread, straight to registers or asynchronously to shared memory, or a whole tile.
@@ -38,6 +39,7 @@ class Build:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    enable_fp_fusion: bool = True
     wgmma: bool = False  # the kernel is bound by arithmetic: it must use Hopper's matrix units
     vector_loads: bool = True  # the kernel is bound by memory: it must load 16 bytes a thread
     programs_per_sm: int = 1  # that must fit side by side on one multiprocessor
@@ -75,7 +77,7 @@ def compile_for_hopper(build: Build) -> Figures:
         options={
             "num_warps": build.num_warps,
             "num_stages": build.num_stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": build.enable_fp_fusion,
         },
     )
     ptx = compiled.asm["ptx"]

@@ -21,24 +21,24 @@ if INTERPRETED:
     from kernels.gpu.block_copy import gather_blocks_triton as gather_blocks
     from kernels.gpu.block_copy import scatter_blocks_triton as scatter_blocks
     from kernels.gpu.decode_attention import decode_attention_triton as decode_attention
-    from kernels.gpu.gumbel import gumbel_noise_triton as gumbel_noise
     from kernels.gpu.prefill_attention import prefill_attention_triton as prefill_attention
     from kernels.gpu.rms_norm import add_rms_norm_triton as add_rms_norm
     from kernels.gpu.rms_norm import rms_norm_triton as rms_norm
-    from kernels.gpu.rope import apply_rope_triton as apply_rope
+    from kernels.gpu.rotate_and_write import rotate_and_write_triton as rotate_and_write
+    from kernels.gpu.sampling import sample_tokens_triton as sample_tokens
     from kernels.gpu.silu_mul import silu_mul_triton as silu_mul
-    from kernels.gpu.write_kv import write_kv_triton as write_kv
+    from kernels.gpu.wire_quantization import dequantize_blocks_triton as dequantize_blocks
+    from kernels.gpu.wire_quantization import quantize_blocks_triton as quantize_blocks
 else:
     from kernels.block_copy import gather_blocks, scatter_blocks
-    from kernels.decode_attention import decode_attention_torch as decode_attention
+    from kernels.decode_attention import decode_attention
     from kernels.digest import digest_blocks
-    from kernels.gumbel import gumbel_noise_torch as gumbel_noise
-    from kernels.prefill_attention import prefill_attention_torch as prefill_attention
-    from kernels.rms_norm import add_rms_norm_torch as add_rms_norm
-    from kernels.rms_norm import rms_norm_torch as rms_norm
-    from kernels.rope import apply_rope_torch as apply_rope
-    from kernels.silu_mul import silu_mul_torch as silu_mul
-    from kernels.write_kv import write_kv_torch as write_kv
+    from kernels.prefill_attention import prefill_attention
+    from kernels.rms_norm import add_rms_norm, rms_norm
+    from kernels.rotate_and_write import rotate_and_write
+    from kernels.sampling import sample_tokens
+    from kernels.silu_mul import silu_mul
+    from kernels.wire_quantization import dequantize_blocks, quantize_blocks
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,15 +49,16 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 __all__ = [
     "INTERPRETED",
     "add_rms_norm",
-    "apply_rope",
     "decode_attention",
+    "dequantize_blocks",
     "digest_blocks",
     "gather_blocks",
-    "gumbel_noise",
     "prefill_attention",
+    "quantize_blocks",
     "rms_norm",
+    "rotate_and_write",
+    "sample_tokens",
     "scatter_blocks",
     "silu_mul",
     "without_compiler",
-    "write_kv",
 ]

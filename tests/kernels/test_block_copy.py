@@ -13,16 +13,11 @@ from tests.kernels.implementation import (
     digest_blocks,
     gather_blocks,
     scatter_blocks,
-    without_compiler,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8]
-
-
-@pytest.fixture(autouse=True, params=["triton"] if INTERPRETED else ["native", "torch"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "torch":
-        without_compiler(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

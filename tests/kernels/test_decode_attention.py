@@ -5,19 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import decode_items
 from kernels.attention_metadata import AttentionMetadata
 from tests.kernels.accuracy import assert_close
 from tests.kernels.implementation import decode_attention
 from tests.kernels.paged import Paged, Shape, dense_attention, paged, queries
+from tests.kernels.poison import unchanged, uninitialized_is_nan
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 FP16, BF16 = torch.float16, torch.bfloat16
 
 
-def check(cache: Paged, *, window: int = 0, scale: float = 0.2) -> None:
+def check(cache: Paged, *, window: int = 0, scale: float = 0.2, balance_over: int = 0) -> None:
     contexts = cache.contexts
     q = queries(cache.shape, len(contexts))
-    meta = cache.metadata([min(context, 1) for context in contexts])
-    result = decode_attention(q, cache.kv, meta, scale=scale, window=window)
+    query_lens = [min(context, 1) for context in contexts]
+    meta = AttentionMetadata.build(
+        cache.tables, query_lens, contexts, "cpu", balance_over=balance_over
+    )
+    with uninitialized_is_nan(), unchanged(cache.kv):
+        result = decode_attention(q, cache.kv, meta, scale=scale, window=window)
     expected = torch.zeros(q.shape, dtype=torch.float64)
     for index, (query, row) in enumerate(zip(q, cache.rows, strict=True)):
         if row.shape[1]:
@@ -35,6 +43,7 @@ def check(cache: Paged, *, window: int = 0, scale: float = 0.2) -> None:
         Shape(group=4, head_dim=128, block_size=64, dtype=FP16),
         Shape(group=7, head_dim=96, block_size=16),
         Shape(group=8, kv_heads=1, head_dim=128, block_size=64, dtype=BF16),
+        Shape(group=16, kv_heads=1, head_dim=256, block_size=128, dtype=FP16),
     ],
     ids=str,
 )
@@ -47,8 +56,18 @@ def test_long_rows_are_split_and_combined() -> None:
     check(paged(Shape(block_size=64), [1100, 3, 512, 513]))
 
 
-def test_all_rows_in_one_chunk() -> None:
-    check(paged(Shape(), [512, 511, 1]))
+def test_no_row_is_split() -> None:
+    check(paged(Shape(), [256, 255, 1]))
+
+
+def test_a_row_of_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_items, "PART", 64)
+    check(paged(Shape(kv_heads=1), [64 * 20 + 5, 64 * 16, 7]))  # the combination takes 16 at once
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_balanced_over_programs(window: int) -> None:
+    check(paged(Shape(), [700, 3, 90, 0, 64]), window=window, balance_over=6)
 
 
 def test_a_row_without_tokens_is_zero() -> None:
@@ -65,7 +84,7 @@ def test_window(window: int) -> None:
     check(paged(Shape(), [1, 16, 17, 90, 140]), window=window)
 
 
-def test_window_across_chunks() -> None:
+def test_window_across_parts() -> None:
     check(paged(Shape(block_size=64), [600, 1030, 40]), window=100)
 
 

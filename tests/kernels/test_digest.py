@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from kernels.digest import digest_blocks as public_digest_blocks
-from tests.kernels.implementation import INTERPRETED, digest_blocks, without_compiler
+from tests.kernels.implementation import digest_blocks
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 MASK = (1 << 64) - 1
-
-
-@pytest.fixture(autouse=True, params=["triton"] if INTERPRETED else ["native", "torch"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "torch":
-        without_compiler(monkeypatch)
 
 
 def splitmix64(index: int) -> int:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tests.kernels.implementation import gumbel_noise
+from kernels.gumbel import gumbel_noise
 
 MASK = (1 << 64) - 1
 INCREMENT = 0x9E3779B97F4A7C15

@@ -13,8 +13,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 OPERATIONS = (
-    "attention_metadata block_copy cache_writes decode_attention digest elementwise gumbel "
-    "prefill_attention"
+    "attention_metadata block_copy decode_attention decode_bucket digest elementwise "
+    "prefill_attention rotate_and_write sampling wire_quantization"
 )
 
 

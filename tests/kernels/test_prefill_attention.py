@@ -9,6 +9,9 @@ from kernels.attention_metadata import AttentionMetadata
 from tests.kernels.accuracy import assert_close
 from tests.kernels.implementation import decode_attention, prefill_attention
 from tests.kernels.paged import Paged, Shape, dense_attention, paged, queries
+from tests.kernels.poison import unchanged, uninitialized_is_nan
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 FP16, BF16 = torch.float16, torch.bfloat16
 
@@ -16,7 +19,8 @@ FP16, BF16 = torch.float16, torch.bfloat16
 def check(cache: Paged, query_lens: list[int], *, window: int = 0, scale: float = 0.2) -> None:
     q = queries(cache.shape, sum(query_lens))
     meta = cache.metadata(query_lens)
-    result = prefill_attention(q, cache.kv, meta, scale=scale, window=window)
+    with uninitialized_is_nan(), unchanged(cache.kv):
+        result = prefill_attention(q, cache.kv, meta, scale=scale, window=window)
     expected = torch.cat(
         [
             dense_attention(part, row, scale, window)
@@ -36,6 +40,8 @@ def check(cache: Paged, query_lens: list[int], *, window: int = 0, scale: float 
         Shape(group=4, head_dim=128, block_size=64, dtype=FP16),
         Shape(group=7, kv_heads=1, head_dim=96, block_size=16),
         Shape(group=8, kv_heads=1, head_dim=128, block_size=64, dtype=BF16),
+        Shape(group=1, kv_heads=1, head_dim=64, block_size=128, dtype=FP16),
+        Shape(group=16, kv_heads=1, head_dim=256, block_size=16, dtype=FP16),
     ],
     ids=str,
 )
@@ -45,16 +51,22 @@ def test_whole_prompts_and_chunks(shape: Shape) -> None:
 
 
 def test_many_query_tiles() -> None:
-    check(paged(Shape(kv_heads=1), [300, 280]), [300, 270])
+    check(paged(Shape(kv_heads=1, dtype=FP16), [300, 280]), [300, 270])
 
 
 def test_a_row_without_queries_gives_nothing() -> None:
     check(paged(Shape(), [20, 17, 5]), [3, 0, 5])
 
 
-@pytest.mark.parametrize("window", [1, 16, 33])
+@pytest.mark.parametrize("window", [1, 16, 33, 64, 130])
 def test_window(window: int) -> None:
-    check(paged(Shape(kv_heads=1), [150, 20, 90]), [150, 7, 30], window=window)
+    shape = Shape(kv_heads=1, dtype=FP16)
+    check(paged(shape, [150, 20, 90]), [150, 7, 30], window=window)
+
+
+def test_window_wider_than_a_tile_of_queries_and_keys() -> None:
+    shape = Shape(group=16, kv_heads=1, dtype=FP16)  # 8 tokens to a tile of queries
+    check(paged(shape, [330]), [20], window=250)
 
 
 def test_large_scores_do_not_overflow() -> None:

@@ -9,7 +9,7 @@ BUILDS = {
     "add, 4096 columns": Build(
         rms_norm_kernel,
         dict.fromkeys(("x", "residual", "weight", "total", "out"), "*bf16") | {"eps": "fp32"},
-        {"N": 4096, "INNER": 1, "PADDED": 4096, "ADD": True, "UPCAST": False},
+        {"N": 4096, "PADDED": 4096, "ADD": True, "UPCAST": False},
         num_warps=8,
     ),
 }
