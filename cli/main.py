@@ -16,13 +16,16 @@ import zmq.asyncio
 from prometheus_client import disable_created_metrics
 from rich.console import Console
 
+from cli import pools
 from cli.options import (
     ApiKey,
     ApiKeyFile,
     BlockSize,
     ClusterKey,
     Device,
+    DrainTimeout,
     Dtype,
+    EnforceEager,
     Format,
     GpuUtilization,
     Host,
@@ -32,12 +35,18 @@ from cli.options import (
     MaxModelLen,
     MaxNumRequests,
     MaxNumSeqs,
+    MaxRetries,
     Model,
     NumKVBlocks,
+    Pin,
     Port,
+    Profile,
+    ProfileSteps,
+    Quantization,
     RequestTimeout,
     RequireTransport,
     ServedName,
+    ThreadsPerWorker,
 )
 from protocol.errors import ConfigError, KvferryError
 from protocol.messages import Role
@@ -50,6 +59,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Serve large language models with prefill and decode in two separate pools.",
 )
+
+
+app.add_typer(pools.app, name="pools")
 
 
 @app.command()
@@ -65,8 +77,10 @@ def serve(
     insecure: Insecure = False,
     request_timeout: RequestTimeout = 600.0,
     max_num_requests: MaxNumRequests = 1024,
+    max_retries: MaxRetries = 3,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     load_format: Format = "auto",
     max_model_len: MaxModelLen = None,
     block_size: BlockSize = None,
@@ -75,7 +89,13 @@ def serve(
     gpu_memory_utilization: GpuUtilization = 0.9,
     max_num_batched_tokens: MaxBatchedTokens = 512,
     max_num_seqs: MaxNumSeqs = 64,
+    enforce_eager: EnforceEager = False,
     require_transport: RequireTransport = None,
+    drain_timeout: DrainTimeout = 30.0,
+    threads_per_worker: ThreadsPerWorker = None,
+    pin: Pin = None,
+    profile: Profile = None,
+    profile_steps: ProfileSteps = 20,
 ) -> None:
     """Run a router and its workers as separate processes on this host."""
     from cli.serve import ServeConfig, serve
@@ -90,15 +110,19 @@ def serve(
         host=host,
         port=port,
         api_key=keys[0] if keys else None,
+        threads_per_worker=threads_per_worker,
+        pin=pin,
         router_args=_arguments(
             served_model_name=name,
             request_timeout=request_timeout,
             max_num_requests=max_num_requests,
+            max_retries=max_retries,
             insecure=insecure,
         ),
         worker_args=_arguments(
             device=device,
             dtype=dtype,
+            quantization=quantization,
             load_format=load_format,
             max_model_len=max_model_len,
             block_size=block_size,
@@ -107,7 +131,11 @@ def serve(
             gpu_memory_utilization=gpu_memory_utilization,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
+            enforce_eager=enforce_eager,
             require_transport=require_transport,
+            drain_timeout=drain_timeout,
+            profile=profile,
+            profile_steps=profile_steps,
         ),
     )
     _run(serve(config, Console()))
@@ -127,6 +155,7 @@ def router(
     insecure: Insecure = False,
     request_timeout: RequestTimeout = 600.0,
     max_num_requests: MaxNumRequests = 1024,
+    max_retries: MaxRetries = 3,
     cluster_key_file: ClusterKey = None,
 ) -> None:
     """Run the router alone. Needs the model's tokenizer, not its weights."""
@@ -143,6 +172,7 @@ def router(
         insecure=insecure,
         request_timeout=request_timeout,
         max_num_requests=max_num_requests,
+        max_retries=max_retries,
     )
     _run(serve_router(config))
 
@@ -162,6 +192,7 @@ def worker(
     cluster_key_file: ClusterKey = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     load_format: Format = "auto",
     max_model_len: MaxModelLen = None,
     block_size: BlockSize = None,
@@ -170,32 +201,42 @@ def worker(
     gpu_memory_utilization: GpuUtilization = 0.9,
     max_num_batched_tokens: MaxBatchedTokens = 512,
     max_num_seqs: MaxNumSeqs = 64,
+    enforce_eager: EnforceEager = False,
     require_transport: RequireTransport = None,
+    drain_timeout: DrainTimeout = 30.0,
+    profile: Profile = None,
+    profile_steps: ProfileSteps = 20,
 ) -> None:
     """Run one worker of either pool."""
     from cli.worker import WorkerConfig, serve_worker
     from engine.engine import EngineConfig
 
+    name = worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
     config = WorkerConfig(
         role=role,
         routers=tuple(router),
-        worker_id=worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}",
+        worker_id=name,
         host=host,
         metrics_port=metrics_port,
         cluster_key_file=cluster_key_file,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
         require_transport=require_transport,
+        drain_timeout=drain_timeout,
         engine=EngineConfig(
             model=_checkpoint(model),
             device=device,
             dtype=dtype,
+            quantization=quantization,
             load_format=load_format,
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=num_kv_blocks,
             kv_cache_memory=kv_cache_memory,
             gpu_memory_utilization=gpu_memory_utilization,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            decode_graphs=role == "decode" and not enforce_eager,
+            profile=profile / f"{name}.json.gz" if profile else None,
+            profile_steps=profile_steps,
         ),
     )
     _run(serve_worker(config))

@@ -32,12 +32,24 @@ RequestTimeout = Annotated[float, typer.Option(help="Seconds a request may take.
 MaxNumRequests = Annotated[
     int, typer.Option(help="Requests in flight before the router answers 429.", min=1)
 ]
+MaxRetries = Annotated[
+    int,
+    typer.Option(help="Failures after which a request goes on elsewhere; the next ends it.", min=0),
+]
+DrainTimeout = Annotated[
+    float,
+    typer.Option(help="Seconds that a leaving worker takes to end its work; 0: none.", min=0),
+]
 ClusterKey = Annotated[
     Path | None,
     typer.Option(help="File with the cluster's key, for links between hosts (kvferry keygen)."),
 ]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Type of weights and KV.")
+]
+Quantization = Annotated[
+    Literal["int8"] | None,
+    typer.Option(help="Compute linear layers in 8 bits, on a CPU. Default: in --dtype."),
 ]
 Format = Annotated[
     Literal["auto", "dummy"], typer.Option(help="dummy: seeded random weights from the config.")
@@ -59,8 +71,24 @@ MaxBatchedTokens = Annotated[
     int, typer.Option(help="Prompt tokens a worker computes in one step.", min=1)
 ]
 MaxNumSeqs = Annotated[int, typer.Option(help="Sequences in a worker's running batch.", min=1)]
+EnforceEager = Annotated[
+    bool, typer.Option("--enforce-eager", help="On a GPU, launch decode steps without CUDA graphs.")
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
 RequireTransport = Annotated[
     str | None,
     typer.Option(help="Refuse to start on another UCX transport, for example rc_mlx5."),
+]
+Profile = Annotated[
+    Path | None,
+    typer.Option(help="Folder where each worker writes a Chrome trace of some of its steps."),
+]
+ProfileSteps = Annotated[int, typer.Option(help="Steps in that trace.", min=1)]
+ThreadsPerWorker = Annotated[
+    int | None,
+    typer.Option(help="Threads of a CPU worker's engine. Default: its share of the cores.", min=1),
+]
+Pin = Annotated[
+    bool | None,
+    typer.Option("--pin/--no-pin", help="Keep each worker to its share. Default: if above 1 core."),
 ]

@@ -38,6 +38,7 @@ class RouterConfig:
     insecure: bool = False  # let everybody in, from other hosts too
     request_timeout: float = 600.0  # seconds
     max_num_requests: int = 1024
+    max_retries: int = 3
 
 
 async def serve_router(config: RouterConfig) -> None:
@@ -56,16 +57,19 @@ async def serve_router(config: RouterConfig) -> None:
     text = TextModel.load(resolve_checkpoint(config.model, weights=False))
     listening = _listen(config.host, config.port)
     link = Server(config.control, key)
+    metrics = CollectorRegistry()
     dispatcher = Dispatcher(
         link,
+        metrics,
         request_timeout=config.request_timeout,
         max_num_requests=config.max_num_requests,
+        max_retries=config.max_retries,
     )
     settings = RouterSettings(
         served_model_name=config.served_model_name or config.model,
         api_keys=ApiKeys(config.api_keys),
     )
-    app = create_app(settings, text, dispatcher, CollectorRegistry())
+    app = create_app(settings, text, dispatcher, metrics)
     server = _Server(
         uvicorn.Config(
             app,

@@ -1,76 +1,142 @@
-"""A worker's link to one router: registers, tells its load, registers again when asked."""
+"""A worker's link to one router: registers, tells its load, drops the work of a lost router."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from typing import Protocol
 
+from protocol.errors import ConfigError
 from protocol.link import Client
 from protocol.messages import (
+    Drain,
     Heartbeat,
     Leaving,
+    Left,
     Message,
     Register,
     RegisterAgain,
     Registered,
+    RegistrationRefused,
+    RouterHeartbeat,
 )
 
 log = logging.getLogger(__name__)
 
 RETRY = 0.5  # seconds between registrations until the router answers
+SILENCE = 4.0  # seconds without a word until a router is lost
+REFUSED = 5.0  # seconds of refusals until the worker gives up; a dead namesake is forgotten sooner
+
+
+class WorkerRole(Protocol):
+    """What a router asks a worker for."""
+
+    def from_router(self, router_id: str, message: Message) -> None:
+        """Take a router's message."""
+
+    def drop_router(self, router_id: str) -> None:
+        """Drop everything that a router asked for."""
 
 
 class RouterLink:
-    """``registration()`` describes the worker now; ``on_message`` gets all that is for its role."""
+    """``registration(session)`` describes the worker now; ``role`` gets all that is for it.
+
+    The work of a router is dropped when the router says that it has given it up, and when
+    nothing is heard of the router for ``SILENCE``.
+    """
 
     def __init__(
         self,
         endpoint: str,
         identity: str,
         cluster_key: bytes | None,
-        registration: Callable[[], Register],
-        on_message: Callable[[str, Message], None],
+        registration: Callable[[int], Register],
+        role: WorkerRole,
+        on_drain: Callable[[], None],
     ) -> None:
-        self.router_id: str | None = None  # known once registered
+        self.router_id: str | None = None  # known while registered
         self._client = Client(endpoint, identity, cluster_key)
         self._registration = registration
-        self._on_message = on_message
+        self._role = role
+        self._on_drain = on_drain
+        self._session = 0
+        self._leaving = False
         self._interval = RETRY
+        self._heard = 0.0  # time of the router's last message
+        self._refused: float | None = None  # since when
 
     def send(self, message: Message) -> None:
         """Queue a message for the router."""
         self._client.send(message)
 
+    def leave(self) -> None:
+        """Tell the router that the worker takes no new work."""
+        self._leaving = True
+        self._client.send(Leaving())
+
     async def run(self) -> None:
-        """Serve until cancelled; then tell the router that the worker leaves."""
+        """Serve until cancelled; then tell the router that the worker is gone.
+
+        Raises ConfigError when the router keeps refusing the worker.
+        """
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive())
                 tasks.create_task(self._beat())
         finally:
-            self._client.send(Leaving(epoch=self._registration().epoch))
+            self._client.send(Left())
             self._client.close()
 
     async def _beat(self) -> None:
         while True:
-            registration = self._registration()
-            if self.router_id is None:
-                self._client.send(registration)
-            else:
+            if self.router_id is not None and time.monotonic() - self._heard > SILENCE:
+                log.warning("router %s has been silent for %g s", self.router_id, SILENCE)
+                self._lose_router()
+            registration = self._registration(self._session)
+            if self.router_id is not None:
                 self._client.send(Heartbeat(epoch=registration.epoch, load=registration.load))
+            elif not self._leaving:
+                self._client.send(registration)
             await asyncio.sleep(self._interval)
 
     async def _receive(self) -> None:
         while True:
             message = await self._client.receive()
+            self._heard = time.monotonic()
             match message:
                 case Registered():
+                    self._refused = None
                     self.router_id, self._interval = message.router_id, message.heartbeat_interval
                     log.info(
                         "registered with router %s at %s", self.router_id, self._client.endpoint
                     )
+                case RegistrationRefused():
+                    self._check_refusal(message.reason)
                 case RegisterAgain():
-                    self._client.send(self._registration())
+                    self._lose_router()
+                case Drain():
+                    self._on_drain()
+                case RouterHeartbeat():
+                    pass
                 case _ if self.router_id is not None:
-                    self._on_message(self.router_id, message)
+                    self._role.from_router(self.router_id, message)
+
+    def _lose_router(self) -> None:
+        """Drop the router's work and register anew, unless this is done already."""
+        if self.router_id is None:
+            return
+        self._role.drop_router(self.router_id)
+        self.router_id = None
+        self._session += 1
+        self._interval = RETRY
+        if not self._leaving:
+            self._client.send(self._registration(self._session))
+
+    def _check_refusal(self, reason: str) -> None:
+        if self._refused is None:
+            log.warning("the router at %s refuses this worker: %s", self._client.endpoint, reason)
+            self._refused = self._heard
+        elif self._heard - self._refused > REFUSED:
+            raise ConfigError(reason)

@@ -201,7 +201,10 @@ async def _watch(children: list[Child], stopping: asyncio.Task[bool], console: C
             child = ended.pop(task)
             if child.name == "router":
                 raise ConfigError(child.reason())
-            console.print(f"[bold red]{child.reason()}[/]")
+            if child.process.returncode == 0:
+                console.print(f"{child.name} left")
+            else:
+                console.print(f"[bold red]{child.reason()}[/]")
     for task in ended:
         task.cancel()
 

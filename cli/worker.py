@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import socket
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from protocol.messages import Message, Register, Role
 
 log = logging.getLogger(__name__)
 
+IDLE_POLL = 0.05  # seconds
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -42,13 +45,12 @@ class WorkerConfig:
     role: Role
     routers: tuple[str, ...]  # ZMQ endpoints
     engine: EngineConfig
-    max_num_batched_tokens: int
-    max_num_seqs: int
     worker_id: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     host: str | None = None  # on which peers find this worker
     metrics_port: int = 0  # 0: any free one
     cluster_key_file: Path | None = None
     require_transport: str | None = None
+    drain_timeout: float = 30.0  # seconds that a worker asked to leave takes to end its work
 
 
 class WorkerProcess:
@@ -64,6 +66,8 @@ class WorkerProcess:
             raise ConfigError("links between hosts are encrypted: give --cluster-key-file")
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = self._loop.create_future()
+        self._leave = asyncio.Event()
+        self._leave_now = asyncio.Event()
         self._engine = Engine.load(config.engine)
         self._transfer = TransferThread(
             self._engine.rows, UCXTransport.factory(self._addresses.host), self._on_transfer
@@ -83,30 +87,54 @@ class WorkerProcess:
         self._metrics_url = _serve_metrics(self._addresses.host, config.metrics_port, metrics)
         self._links = [
             RouterLink(
-                router, self._identity, self._key, self._registration, self._role.from_router
+                router,
+                self._identity,
+                self._key,
+                self._registration,
+                self._role,
+                on_drain=self._leave.set,
             )
             for router in config.routers
         ]
 
     async def run(self) -> None:
-        """Serve until SIGINT or SIGTERM, or until a thread of this process fails."""
-        stop = asyncio.Event()
+        """Serve until told to leave, or until a thread of this process fails.
+
+        SIGINT, SIGTERM or a router's Drain: the worker takes no new work and ends when it has
+        none left, at the latest after ``drain_timeout``; routers take what is left elsewhere. A
+        second signal ends it at once.
+        """
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(number, stop.set)
+            self._loop.add_signal_handler(number, self._on_signal)
+        leaving = asyncio.create_task(self._leave_when_told())
         tasks = [
             asyncio.create_task(self._role.run()),
             *(asyncio.create_task(link.run()) for link in self._links),
         ]
-        stopping = asyncio.create_task(stop.wait())
         try:
-            ends: list[asyncio.Future[Any]] = [*tasks, stopping, self._failed]
+            ends: list[asyncio.Future[Any]] = [*tasks, leaving, self._failed]
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
                 ended.result()
         finally:
-            for task in tasks:
+            for task in (leaving, *tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(leaving, *tasks, return_exceptions=True)
+
+    def _on_signal(self) -> None:
+        (self._leave_now if self._leave.is_set() else self._leave).set()
+
+    async def _leave_when_told(self) -> None:
+        await self._leave.wait()
+        log.info("leaving: no new work, at most %g s for the rest", self._config.drain_timeout)
+        self._role.leave()
+        for link in self._links:
+            link.leave()
+        deadline = time.monotonic() + self._config.drain_timeout
+        hurried = asyncio.create_task(self._leave_now.wait())
+        while not (self._role.idle or hurried.done() or time.monotonic() >= deadline):
+            await asyncio.wait({hurried}, timeout=IDLE_POLL)
+        hurried.cancel()
 
     def close(self) -> None:
         """End the threads and sockets."""
@@ -116,15 +144,15 @@ class WorkerProcess:
             self._peers.close()
 
     def _build_role(self, metrics: CollectorRegistry) -> PrefillWorker | DecodeWorker:
-        config = self._config
-        if config.role == "prefill":
+        limits = self._config.engine
+        if self._config.role == "prefill":
             return PrefillWorker(
                 self._engine_thread,
                 self._transfer,
                 PrefillScheduler(
                     self._pool,
-                    max_num_batched_tokens=config.max_num_batched_tokens,
-                    max_num_seqs=config.max_num_seqs,
+                    max_num_batched_tokens=limits.max_num_batched_tokens,
+                    max_num_seqs=limits.max_num_seqs,
                 ),
                 self._engine.fingerprint,
                 identity=self._identity,
@@ -138,8 +166,8 @@ class WorkerProcess:
             self._transfer,
             DecodeScheduler(
                 self._pool,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_seqs=limits.max_num_seqs,
+                max_num_batched_tokens=limits.max_num_batched_tokens,
             ),
             self._engine.fingerprint,
             epoch=self._epoch,
@@ -165,10 +193,11 @@ class WorkerProcess:
         elif not self._failed.done():
             self._failed.set_exception(KvferryError(f"the transfer thread died: {event.reason}"))
 
-    def _registration(self) -> Register:
+    def _registration(self, session: int) -> Register:
         return Register(
             worker_id=self._config.worker_id,
             epoch=self._epoch,
+            session=session,
             role=self._config.role,
             model=self._config.engine.model,
             fingerprint=self._engine.fingerprint,

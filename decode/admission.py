@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import assert_never
 
 from decode.admission_events import (
@@ -33,15 +31,18 @@ from decode.admission_events import (
     ReceiveFailed,
     Reply,
     Report,
+    RouterLost,
     Tick,
 )
+from decode.grant import GrantState, OpenGrant, without_blocks
+from decode.terms import disagreement, objection
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from protocol.errors import (
-    ContextLengthError,
-    DeadlineError,
+    KvferryError,
     OverloadedError,
     ProtocolError,
+    UnavailableError,
     WorkerLostError,
 )
 from protocol.geometry import Fingerprint
@@ -54,30 +55,6 @@ from protocol.messages import (
     RequestFailed,
     Revoke,
 )
-
-
-class GrantState(Enum):
-    """Where a grant stands; the module's docstring draws the transitions."""
-
-    PENDING = auto()
-    OPEN = auto()
-    CLOSING = auto()
-
-
-@dataclass(slots=True, eq=False)
-class OpenGrant:
-    """One request's reservation. ``sequence.block_table`` holds the reserved blocks."""
-
-    grant_id: int
-    peer: bytes
-    router_id: str
-    sequence: Sequence
-    deadline: float
-    expires: float
-    state: GrantState = GrantState.PENDING
-    blocks: list[int] = field(default_factory=list)  # destinations, without the cached prefix
-    digests: dict[int, int] = field(default_factory=dict)  # of received blocks, by position
-    handoff: Handoff | None = None
 
 
 class Admission:
@@ -107,7 +84,9 @@ class Admission:
         self._new_grant_id = new_grant_id
         self._by_request: dict[str, OpenGrant] = {}  # PENDING and OPEN, oldest first
         self._by_id: dict[int, OpenGrant] = {}  # OPEN and CLOSING
+        self.leaving = False  # no new grants
         self.num_expired = 0
+        self.num_stale = 0  # hand-offs without a grant, requests to a former incarnation
         self.integrity_failures: dict[str, int] = {}  # by reason
 
     @property
@@ -139,6 +118,9 @@ class Admission:
                 return self._closed(event, now)
             case Cancelled():
                 return [*self._drop(event.request_id), Abandon(event.request_id)]
+            case RouterLost():
+                grants = [g for g in self._by_request.values() if g.router_id == event.router_id]
+                return [action for grant in grants for action in self._close(grant)]
             case Tick():
                 return [*self._expire(now), *self._grant_pending(now)]
             case _:
@@ -152,46 +134,37 @@ class Admission:
                 return self._requested(peer, message, now)
             case Handoff():
                 return self._offered(peer, message)
-            case Revoke():
-                return [*self._drop(message.request_id), Abandon(message.request_id)]
+            case Revoke():  # once accepted, the request is no longer prefill's to end
+                return self._drop(message.request_id)
             case _:
                 assert_never(message)
 
     # A grant's life, in order ----------------------------------------------------------------
 
     def _requested(self, peer: bytes, request: GrantRequest, now: float) -> list[Action]:
-        refusal = self._refusal(request)
-        if refusal is not None:
+        error = self._refusal(request)
+        if error is not None:
+            refusal = GrantRefused(
+                request_id=request.request_id, code=error.code, message=str(error)
+            )
             return [Reply(peer, refusal)]
         sequence = Sequence(
-            request.request_id, request.token_ids, len(request.token_ids), request.sampling
+            request.request_id, request.token_ids, request.num_prompt_tokens, request.sampling
         )
         deadline = now + request.timeout
         grant = OpenGrant(0, peer, request.router_id, sequence, deadline, expires=deadline)
         self._by_request[request.request_id] = grant
         return self._grant_pending(now)
 
-    def _refusal(self, request: GrantRequest) -> GrantRefused | None:
-        def refused(code: str, message: str) -> GrantRefused:
-            return GrantRefused(request_id=request.request_id, code=code, message=message)
-
-        if request.epoch != self._epoch:
-            message = f"epoch: {self._epoch} here, {request.epoch} asked for"
-            return refused(WorkerLostError.code, message)
-        difference = self._fingerprint.difference(request.fingerprint)
-        if difference is not None:
-            return refused(ProtocolError.code, f"the workers' KV does not fit: {difference}")
+    def _refusal(self, request: GrantRequest) -> KvferryError | None:
+        self.num_stale += request.epoch != self._epoch
+        if self.leaving:
+            return UnavailableError("this decode worker is leaving")
         if request.request_id in self._by_request:
-            return refused(ProtocolError.code, f"request {request.request_id} has a grant already")
-        # A sequence alone in the pool must be able to reach its end; its last token needs no KV.
-        most_tokens = len(request.token_ids) + request.sampling.max_tokens - 1
-        needed = self._pool.blocks_for(most_tokens)
-        if needed > self._pool.num_blocks:
-            message = f"needs {needed} KV blocks, the decode pool has {self._pool.num_blocks}"
-            return refused(ContextLengthError.code, message)
+            return ProtocolError(f"request {request.request_id} has a grant already")
         if len(self._by_request) >= self._max_pending:
-            return refused(OverloadedError.code, f"{self._max_pending} requests wait for KV blocks")
-        return None
+            return OverloadedError(f"{self._max_pending} requests wait for KV blocks")
+        return objection(request, self._pool, self._fingerprint, self._epoch)
 
     def _grant_pending(self, now: float) -> list[Action]:
         """Reserve blocks for waiting requests, first come first served, while there is room."""
@@ -232,27 +205,21 @@ class Admission:
     def _offered(self, peer: bytes, handoff: Handoff) -> list[Action]:
         grant = self._by_request.get(handoff.request_id)
         if grant is None or grant.state is not GrantState.OPEN:
+            self.num_stale += 1
             return []
-        problem = self._problem(grant, peer, handoff)
-        if problem is not None:
-            self.integrity_failures["handoff"] = self.integrity_failures.get("handoff", 0) + 1
-            return [*self._drop(handoff.request_id), self._failed(grant, *problem)]
-        grant.handoff = handoff
-        return self._admit_if_complete(grant)
-
-    def _problem(self, grant: OpenGrant, peer: bytes, handoff: Handoff) -> tuple[str, str] | None:
-        checks = (
+        terms = (
             ("peer", grant.peer, peer),
             ("grant_id", grant.grant_id, handoff.grant_id),
             ("epoch", self._epoch, handoff.epoch),
-            ("num_tokens", grant.sequence.num_prompt_tokens, handoff.num_tokens),
+            ("num_tokens", grant.sequence.num_tokens, handoff.num_tokens),
             ("digests", len(grant.blocks), len(handoff.digests)),
         )
-        for name, expected, found in checks:
-            if expected != found:
-                message = f"hand-off refused: {name} is {found!r}, expected {expected!r}"
-                return ProtocolError.code, message
-        return None
+        error = disagreement(terms)
+        if error is not None:
+            self.integrity_failures["handoff"] = self.integrity_failures.get("handoff", 0) + 1
+            return [*self._drop(handoff.request_id), self._failed(grant, error)]
+        grant.handoff = handoff
+        return self._admit_if_complete(grant)
 
     def _admit_if_complete(self, grant: OpenGrant) -> list[Action]:
         handoff = grant.handoff
@@ -261,15 +228,16 @@ class Admission:
         sequence = grant.sequence
         intact = all(grant.digests[i] == digest for i, digest in enumerate(handoff.digests))
         if intact:
-            sequence.num_computed = sequence.num_prompt_tokens
+            sequence.num_computed = sequence.num_tokens
             self._pool.publish(sequence, 0)
-            grant.sequence = _without_blocks(sequence)  # the blocks now belong to the sequence
+            grant.sequence = without_blocks(sequence)  # the blocks now belong to the sequence
         else:
             self.integrity_failures["digest"] = self.integrity_failures.get("digest", 0) + 1
-            sequence = _without_blocks(sequence)  # the blocks stay with the closing grant
+            sequence = without_blocks(sequence)  # the blocks stay with the closing grant
         sequence.token_ids.append(handoff.first_token)
         accepted = Accepted(request_id=sequence.request_id, grant_id=grant.grant_id)
-        return [*self._close(grant), Admit(sequence, grant.router_id), Reply(grant.peer, accepted)]
+        admit = Admit(sequence, grant.router_id, grant.deadline)
+        return [*self._close(grant), admit, Reply(grant.peer, accepted)]
 
     # Ends ------------------------------------------------------------------------------------
 
@@ -277,8 +245,8 @@ class Admission:
         grant = self._by_id.get(event.grant_id)
         if grant is None or grant.state is not GrantState.OPEN:
             return []
-        failed = self._failed(grant, WorkerLostError.code, f"KV transfer failed: {event.reason}")
-        return [*self._close(grant), failed]
+        error = WorkerLostError(f"KV transfer failed: {event.reason}")
+        return [*self._close(grant), self._failed(grant, error)]
 
     def _drop(self, request_id: str) -> list[Action]:
         grant = self._by_request.get(request_id)
@@ -303,25 +271,16 @@ class Admission:
         actions: list[Action] = []
         for grant in [g for g in self._by_request.values() if now >= g.expires]:
             self.num_expired += 1
-            message = f"the hand-off did not complete in time ({grant.state.name.lower()})"
-            actions += [*self._close(grant), self._failed(grant, DeadlineError.code, message)]
+            error = grant.expiry(now)
+            actions += [*self._close(grant), self._failed(grant, error)]
         return actions
 
-    def _failed(self, grant: OpenGrant, code: str, message: str) -> Report:
+    def _failed(self, grant: OpenGrant, error: KvferryError) -> Report:
         request_id = grant.sequence.request_id
-        failed = RequestFailed(request_id=request_id, code=code, message=message)
+        failed = RequestFailed(request_id=request_id, code=error.code, message=str(error))
         return Report(grant.router_id, failed)
 
     def _unused_grant_id(self) -> int:
         while (grant_id := self._new_grant_id()) in self._by_id:
             pass
         return grant_id
-
-
-def _without_blocks(sequence: Sequence) -> Sequence:
-    return Sequence(
-        sequence.request_id,
-        list(sequence.token_ids),
-        sequence.num_prompt_tokens,
-        sequence.sampling,
-    )

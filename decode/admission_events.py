@@ -50,11 +50,18 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterLost:
+    """A router is gone, or has given this worker up."""
+
+    router_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed or blocks became free."""
 
 
-Event = FromPeer | Received | ReceiveFailed | Closed | Cancelled | Tick
+Event = FromPeer | Received | ReceiveFailed | Closed | Cancelled | RouterLost | Tick
 
 # Actions -----------------------------------------------------------------------------------
 
@@ -88,6 +95,7 @@ class Admit:
 
     sequence: Sequence
     router_id: str
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True)

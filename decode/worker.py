@@ -30,13 +30,16 @@ from decode.admission_events import (
     ReceiveFailed,
     Reply,
     Report,
+    RouterLost,
     Tick,
 )
+from decode.residents import Resident, Residents
 from decode.scheduler import DecodeScheduler, NewToken
 from engine.block_pool import BlockPool
 from engine.thread import EngineThread
 from kvtransfer import events
 from kvtransfer.thread import TransferThread
+from protocol.errors import DeadlineError
 from protocol.geometry import Fingerprint
 from protocol.link import Server
 from protocol.messages import (
@@ -44,6 +47,7 @@ from protocol.messages import (
     GrantRequest,
     Handoff,
     Message,
+    RequestFailed,
     Revoke,
     Tokens,
     TokenUpdate,
@@ -79,7 +83,7 @@ class DecodeWorker:
         self._peers = peers
         self._send = send
         self._wake = asyncio.Event()
-        self._router_by_request: dict[str, str] = {}  # of admitted sequences
+        self._residents = Residents()
 
     def load(self) -> WorkerLoad:
         """What the router is told."""
@@ -104,6 +108,11 @@ class DecodeWorker:
             "Grants that were not handed off in time",
             value=admission.num_expired,
         )
+        yield CounterMetricFamily(
+            "kvferry_stale_messages",
+            "Messages for a former incarnation of this worker or for grants that are over",
+            value=admission.num_stale,
+        )
         yield GaugeMetricFamily(
             "kvferry_kv_blocks_quarantined",
             "Blocks of ended grants that the transport has not given back yet",
@@ -117,6 +126,21 @@ class DecodeWorker:
         for reason, count in admission.integrity_failures.items():
             failures.add_metric([reason], count)
         yield failures
+
+    @property
+    def idle(self) -> bool:
+        """Whether no grant is open and no sequence is left."""
+        return self._admission.num_open == 0 and len(self._residents) == 0
+
+    def leave(self) -> None:
+        """Open no new grants; what has one goes on."""
+        self._admission.leaving = True
+
+    def drop_router(self, router_id: str) -> None:
+        """Drop everything that a router asked for: it is gone, or has given this worker up."""
+        for request_id in self._residents.of_router(router_id):
+            self._drop(request_id)
+        self._handle(RouterLost(router_id))
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -146,14 +170,19 @@ class DecodeWorker:
                 log.warning("unexpected %s from the transfer", type(event).__name__)
 
     async def _steps(self) -> None:
+        news: list[NewToken] = []
         while True:
+            self._wake.clear()
             batch = self._scheduler.schedule()
-            if not batch.rows:
-                self._wake.clear()
+            step = self._engine.run(batch) if batch.rows else None
+            if news:  # told while the engine computes the next step
+                self._publish(news)
+                self._handle(Tick())  # finished sequences made room for grants
+            if step is not None:
+                news = self._scheduler.commit(await step)
+            else:
+                news = []
                 await self._wake.wait()
-                continue
-            self._publish(self._scheduler.commit(await self._engine.run(batch)))
-            self._handle(Tick())  # finished sequences made room for grants
 
     def _publish(self, news: list[NewToken]) -> None:
         by_router: defaultdict[str, list[TokenUpdate]] = defaultdict(list)
@@ -165,16 +194,28 @@ class DecodeWorker:
                 token_ids=[new.token_id],
                 finish_reason=new.finish_reason,
             )
-            by_router[self._router_by_request[request_id]].append(update)
+            by_router[self._residents.get(request_id).router_id].append(update)
             if new.finish_reason is not None:
-                del self._router_by_request[request_id]
+                self._residents.remove(request_id)
         for router_id, updates in by_router.items():
             self._send(router_id, Tokens(updates=updates))
 
     async def _ticks(self) -> None:
         while True:
             await asyncio.sleep(TICK)
+            self._expire(time.monotonic())
             self._handle(Tick())
+
+    def _expire(self, now: float) -> None:
+        for request_id in self._residents.expired(now):
+            message = "the request's deadline passed while it generated"
+            failed = RequestFailed(request_id=request_id, code=DeadlineError.code, message=message)
+            self._send(self._residents.get(request_id).router_id, failed)
+            self._drop(request_id)
+
+    def _drop(self, request_id: str) -> None:
+        self._residents.remove(request_id)
+        self._scheduler.cancel(request_id)
 
     async def _receive_from_peers(self) -> None:
         while True:
@@ -198,11 +239,11 @@ class DecodeWorker:
             case CloseReceive():
                 self._transfer.close_grant(action.grant_id)
             case Admit():
-                self._router_by_request[action.sequence.request_id] = action.router_id
+                resident = Resident(action.router_id, action.deadline)
+                self._residents.add(action.sequence.request_id, resident)
                 self._scheduler.add(action.sequence)
             case Abandon():
-                self._router_by_request.pop(action.request_id, None)
-                self._scheduler.cancel(action.request_id)
+                self._drop(action.request_id)
             case Report():
                 self._send(action.router_id, action.message)
             case _:

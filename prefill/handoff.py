@@ -13,12 +13,9 @@ the transport may still read it, whatever becomes of the request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import assert_never
 
 from engine.block_pool import BlockPool
-from engine.sequence import Sequence
 from prefill.handoff_events import (
     Abandon,
     Action,
@@ -29,12 +26,14 @@ from prefill.handoff_events import (
     Event,
     Queued,
     Report,
+    RouterLost,
     Ship,
     ShipFailed,
     Shipped,
     Tell,
     Tick,
 )
+from prefill.lease import Lease, LeaseState, UnderWay
 from protocol.errors import (
     ContextLengthError,
     DeadlineError,
@@ -49,47 +48,9 @@ from protocol.messages import (
     GrantRefused,
     GrantRequest,
     Handoff,
-    PeerAddress,
     RequestFailed,
     Revoke,
 )
-
-
-class LeaseState(Enum):
-    """Where a hand-off stands; the module's docstring draws the transitions."""
-
-    QUEUED = auto()
-    ASKED = auto()
-    SHIPPING = auto()
-    DRAINING = auto()
-    OFFERED = auto()
-
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    """One request's hand-off."""
-
-    sequence: Sequence
-    router_id: str
-    decode: PeerAddress
-    deadline: float
-    state: LeaseState = LeaseState.QUEUED
-    grant: Grant | None = None
-    num_shipped: int = 0  # grant positions given to the transport
-    digests: dict[int, int] = field(default_factory=dict)  # by grant position
-
-    @property
-    def request_id(self) -> str:
-        """The request's id."""
-        return self.sequence.request_id
-
-
-@dataclass(frozen=True, slots=True)
-class UnderWay:
-    """Blocks that the transport may be reading."""
-
-    request_id: str
-    blocks: list[int]
 
 
 class Handoffs:
@@ -101,6 +62,7 @@ class Handoffs:
         self._leases: dict[str, Lease] = {}
         self._under_way: dict[tuple[int, int], UnderWay] = {}  # by grant id and first position
         self.num_expired = 0
+        self.num_stale = 0  # answers of decode workers about leases that are over
 
     @property
     def num_open(self) -> int:
@@ -124,6 +86,9 @@ class Handoffs:
                 return self._queue(event)
             case Tick():
                 return self._expire(now)
+            case RouterLost():
+                leases = [x for x in self._leases.values() if x.router_id == event.router_id]
+                return [action for lease in leases for action in self._drop(lease)]
             case Shipped() | ShipFailed():
                 shipment = self._under_way.pop((event.grant_id, event.first))
                 self._pool.release(shipment.blocks)
@@ -131,6 +96,7 @@ class Handoffs:
             case _:
                 lease = self._leases.get(event.request_id)
         if lease is None:  # the request is over: late messages change nothing
+            self.num_stale += isinstance(event, Grant | GrantRefused | Accepted)
             return []
         return self._advance(lease, event, now)
 
@@ -176,8 +142,8 @@ class Handoffs:
         if needed > self._pool.num_blocks:
             message = f"needs {needed} KV blocks, the prefill pool has {self._pool.num_blocks}"
             return self._fail(lease, ContextLengthError.code, message)
-        # A request for one token ends in prefill: nothing will be handed off.
-        if event.sequence.sampling.max_tokens == 1:
+        # What has one token to go ends in prefill: nothing will be handed off.
+        if event.sequence.num_output_tokens + 1 == event.sequence.sampling.max_tokens:
             return [Allow(lease.request_id)]
         return []
 
@@ -185,12 +151,12 @@ class Handoffs:
         if lease.state is not LeaseState.QUEUED:
             return []
         lease.state = LeaseState.ASKED
-        prompt = lease.sequence.token_ids[: lease.sequence.num_prompt_tokens]
         request = GrantRequest(
             request_id=lease.request_id,
             router_id=lease.router_id,
             epoch=lease.decode.epoch,
-            token_ids=prompt,
+            token_ids=lease.sequence.token_ids,
+            num_prompt_tokens=lease.sequence.num_prompt_tokens,
             sampling=lease.sequence.sampling,
             fingerprint=self._fingerprint,
             timeout=max(0.0, lease.deadline - now),
@@ -201,14 +167,14 @@ class Handoffs:
         if lease.state is not LeaseState.ASKED:
             return []
         held = grant.num_cached_tokens // self._pool.block_size + len(grant.blocks)
-        needed = self._pool.blocks_for(lease.sequence.num_prompt_tokens)
+        needed = self._pool.blocks_for(lease.sequence.num_given_tokens)
         # Decode workers number their grants at random, each on its own.
         if grant.grant_id in self._grant_ids_in_use():
             message = f"grant id {grant.grant_id} is in use by another request"
             return self._fail(lease, ProtocolError.code, message)
         lease.state, lease.grant = LeaseState.SHIPPING, grant
         if held != needed:
-            message = f"the grant covers {held} blocks, the prompt has {needed}"
+            message = f"the grant covers {held} blocks, the sequence has {needed}"
             return self._fail(lease, ProtocolError.code, message)
         return [Allow(lease.request_id), *self._ship(lease)]
 
@@ -263,7 +229,7 @@ class Handoffs:
             grant_id=grant.grant_id,
             epoch=grant.epoch,
             first_token=lease.sequence.token_ids[-1],
-            num_tokens=lease.sequence.num_prompt_tokens,
+            num_tokens=lease.sequence.num_given_tokens,
             digests=[lease.digests[position] for position in range(len(grant.blocks))],
         )
         return [Tell(lease.decode, handoff)]

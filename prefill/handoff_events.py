@@ -68,6 +68,13 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterLost:
+    """A router is gone, or has given this worker up."""
+
+    router_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed."""
 
@@ -82,6 +89,7 @@ Event = (
     | ShipFailed
     | Accepted
     | Cancelled
+    | RouterLost
     | Tick
 )
 

@@ -30,6 +30,7 @@ from prefill.handoff_events import (
     Event,
     Queued,
     Report,
+    RouterLost,
     Ship,
     ShipFailed,
     Shipped,
@@ -38,6 +39,7 @@ from prefill.handoff_events import (
 )
 from prefill.metrics import PrefillMetrics
 from prefill.scheduler import PrefillScheduler
+from protocol.errors import UnavailableError
 from protocol.geometry import Fingerprint
 from protocol.link import Client
 from protocol.messages import (
@@ -49,6 +51,7 @@ from protocol.messages import (
     Message,
     PeerAddress,
     PrefillRequest,
+    RequestFailed,
     WorkerLoad,
 )
 
@@ -81,6 +84,7 @@ class PrefillWorker:
         self._cluster_key = cluster_key
         self._send = send
         self._metrics = metrics
+        self._leaving = False
         self._wake = asyncio.Event()
         self._peers: dict[str, tuple[int, Client, asyncio.Task[None]]] = {}  # by worker id
 
@@ -101,6 +105,24 @@ class PrefillWorker:
         yield CounterMetricFamily(
             "kvferry_kv_leases_expired", "Hand-offs that ran into their deadline", value=expired
         )
+        yield CounterMetricFamily(
+            "kvferry_stale_messages",
+            "Answers of decode workers about hand-offs that are over",
+            value=self._handoffs.num_stale,
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether no prompt, lease or transfer is left."""
+        return self._handoffs.num_open == 0
+
+    def leave(self) -> None:
+        """Take no new prompts; those that are here go on."""
+        self._leaving = True
+
+    def drop_router(self, router_id: str) -> None:
+        """Drop everything that a router asked for: it is gone, or has given this worker up."""
+        self._handle(RouterLost(router_id))
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -118,17 +140,29 @@ class PrefillWorker:
         match message:
             case PrefillRequest() if self._handoffs.lease(message.request_id) is not None:
                 log.warning("request %s came twice, the second is ignored", message.request_id)
+            case PrefillRequest() if self._leaving:
+                refusal = RequestFailed(
+                    request_id=message.request_id,
+                    code=UnavailableError.code,
+                    message="this prefill worker is leaving",
+                )
+                self._send(router_id, refusal)
             case PrefillRequest():
-                prompt = message.token_ids
-                sequence = Sequence(message.request_id, prompt, len(prompt), message.sampling)
-                deadline = time.monotonic() + message.timeout
-                self._metrics.arrived(message.request_id)
-                self._scheduler.add(sequence)
-                self._handle(Queued(sequence, router_id, message.decode, deadline))
+                self._queue(router_id, message)
             case Cancel():
                 self._handle(Cancelled(message.request_id))
             case _:
                 log.warning("unexpected %s from router", type(message).__name__)
+
+    def _queue(self, router_id: str, message: PrefillRequest) -> None:
+        sequence = Sequence(
+            message.request_id, message.token_ids, message.num_prompt_tokens, message.sampling
+        )
+        sequence.recomputed = sequence.num_output_tokens > 0
+        self._metrics.arrived(message.request_id)
+        self._scheduler.add(sequence)
+        deadline = time.monotonic() + message.timeout
+        self._handle(Queued(sequence, router_id, message.decode, deadline))
 
     def from_transfer(self, event: TransferEvent) -> None:
         """Take an event of the transfer thread, on the event loop."""
@@ -165,6 +199,7 @@ class PrefillWorker:
                 reason = sequence.finish_reason()
                 first = FirstToken(
                     request_id=request_id,
+                    index=sequence.num_output_tokens - 1,
                     token_id=token_id,
                     finish_reason=reason,
                     num_cached_tokens=sequence.num_cached,

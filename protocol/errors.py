@@ -3,7 +3,8 @@
     KvferryError
     ├── InvalidRequestError     400  the client must change the request
     │   ├── ContextLengthError  400  prompt and max_tokens exceed a limit; says both numbers
-    │   └── ModelNotFoundError  404  the model named is not served here
+    │   ├── ModelNotFoundError  404  the model named is not served here
+    │   └── WorkerNotFoundError 404  no such worker is registered
     ├── OverloadedError         429  try again later; carries ``retry_after`` seconds
     ├── UnavailableError        503  no worker can take the request now
     ├── WorkerLostError         502  a worker died or stopped answering mid-request
@@ -51,6 +52,13 @@ class ModelNotFoundError(InvalidRequestError):
 
     status = 404
     code = "model_not_found"
+
+
+class WorkerNotFoundError(InvalidRequestError):
+    """The worker named in the request is not registered."""
+
+    status = 404
+    code = "worker_not_found"
 
 
 class OverloadedError(KvferryError):
@@ -114,6 +122,7 @@ _BY_CODE: dict[str, type[KvferryError]] = {
         InvalidRequestError,
         ContextLengthError,
         ModelNotFoundError,
+        WorkerNotFoundError,
         OverloadedError,
         UnavailableError,
         WorkerLostError,

@@ -9,7 +9,9 @@ derived from the secret and never sent in clear, so whoever lacks the secret can
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 import stat
 from collections import Counter
 from pathlib import Path
@@ -83,6 +85,16 @@ class _Link:
             return None
 
 
+def _refuse_if_taken(endpoint: str) -> None:
+    """Raise ZMQError when a process listens on a Unix socket: binding would take it away."""
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint:
+        return
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        probe.connect(path)
+        raise zmq.ZMQError(zmq.EADDRINUSE, "another process listens there")
+
+
 class Server(_Link):
     """The bound end. Peers are named by the identity they chose."""
 
@@ -93,6 +105,7 @@ class Server(_Link):
         if cluster_key is not None:
             self._socket.curve_server = True
         try:
+            _refuse_if_taken(endpoint)
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self._socket.close(0)

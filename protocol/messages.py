@@ -1,21 +1,32 @@
 """Every control message, who sends it to whom, and its form on the wire.
 
-    worker → router   Register, Heartbeat, Leaving, FirstToken, Tokens, RequestFailed
-    router → worker   Registered, RegisterAgain, PrefillRequest, Cancel
+    worker → router   Register, Heartbeat, Leaving, Left, FirstToken, Tokens, RequestFailed
+    router → worker   Registered, RegistrationRefused, RegisterAgain, RouterHeartbeat, Drain,
+                      PrefillRequest, Cancel
     prefill → decode  GrantRequest, Handoff, Revoke
     decode → prefill  Grant, GrantRefused, Accepted
 
 A message is two frames: its class's name and a msgpack map. Token ids travel as little-endian
 uint32 bytes. Unknown names, malformed maps and frames over ``MAX_FRAME_BYTES`` raise
 ProtocolError; receivers count and drop them.
+
+A ``request_id`` names one attempt at a client's request: the router numbers the attempts, so that
+what a former one still says is not taken for the current one's.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import msgpack
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from protocol.errors import ProtocolError
 from protocol.geometry import Fingerprint
@@ -67,10 +78,15 @@ class PeerAddress(Message):
 
 
 class Register(Message):
-    """A worker joins (again). Its epoch is new at every start of its process."""
+    """A worker joins (again). Its epoch is new at every start of its process.
+
+    ``session`` counts how often it has dropped all of this router's work: a registration of the
+    same epoch and session changes nothing.
+    """
 
     worker_id: str
     epoch: int
+    session: int
     role: Role
     model: str
     fingerprint: Fingerprint
@@ -92,8 +108,21 @@ class Registered(Message):
     heartbeat_interval: float
 
 
+class RegistrationRefused(Message):
+    """The router does not take the worker in; it may try again."""
+
+    reason: str
+
+
 class RegisterAgain(Message):
-    """The router does not know the sender of a heartbeat, it was restarted for example."""
+    """The router does not know the sender of a heartbeat: the worker drops this router's work.
+
+    The router was restarted, or took the worker for lost.
+    """
+
+
+class RouterHeartbeat(Message):
+    """The router is alive. A worker that hears nothing drops the router's work."""
 
 
 class Heartbeat(Message):
@@ -104,25 +133,48 @@ class Heartbeat(Message):
 
 
 class Leaving(Message):
-    """The worker takes no new work."""
-
-    epoch: int
+    """The worker takes no new work and ends what it has."""
 
 
-class PrefillRequest(Message):
-    """Compute a prompt's KV, sample its first token, hand off to ``decode``."""
+class Left(Message):
+    """The worker ends; what it still has must go on elsewhere."""
+
+
+class Drain(Message):
+    """The router asks the worker to leave, as SIGTERM does."""
+
+
+class Continuation(Message):
+    """A client's prompt, followed by the output that former attempts generated."""
 
     request_id: str
     token_ids: TokenIds
+    num_prompt_tokens: int  # the rest of ``token_ids`` is output
     sampling: SamplingParams
-    decode: PeerAddress
     timeout: float  # seconds from now
+
+    @model_validator(mode="after")
+    def _leaves_something_to_do(self) -> Self:
+        num_output = len(self.token_ids) - self.num_prompt_tokens
+        if not 0 <= num_output < self.sampling.max_tokens:
+            raise ValueError(
+                f"{len(self.token_ids)} tokens with a prompt of {self.num_prompt_tokens} and at "
+                f"most {self.sampling.max_tokens} of output"
+            )
+        return self
+
+
+class PrefillRequest(Continuation):
+    """Compute the tokens' KV, sample the next one, hand off to ``decode``."""
+
+    decode: PeerAddress
 
 
 class FirstToken(Message):
-    """Token 0 of a request. With a finish reason nothing is handed off."""
+    """Token ``index`` of a request's output. With a finish reason nothing is handed off."""
 
     request_id: str
+    index: int
     token_id: int
     finish_reason: FinishReason | None
     num_cached_tokens: int  # prompt tokens that prefill found in its cache
@@ -157,16 +209,12 @@ class Cancel(Message):
     request_id: str
 
 
-class GrantRequest(Message):
-    """Prefill asks decode to reserve blocks for a prompt before computing it."""
+class GrantRequest(Continuation):
+    """Prefill asks decode to reserve blocks for the tokens before computing them."""
 
-    request_id: str
-    router_id: str  # where decode sends the tokens
+    router_id: str  # where decode sends the new tokens
     epoch: int  # of the decode worker that prefill means to ask
-    token_ids: TokenIds
-    sampling: SamplingParams
     fingerprint: Fingerprint
-    timeout: float  # seconds from now
 
 
 class Grant(Message):
@@ -195,7 +243,7 @@ class Handoff(Message):
     grant_id: int
     epoch: int
     first_token: int
-    num_tokens: int  # prompt tokens whose KV the blocks hold
+    num_tokens: int  # tokens whose KV the blocks hold
     digests: list[int]  # one per granted block, unsigned 64 bit
 
 
@@ -218,9 +266,13 @@ _KINDS: dict[bytes, type[Message]] = {
     for cls in (
         Register,
         Registered,
+        RegistrationRefused,
         RegisterAgain,
+        RouterHeartbeat,
         Heartbeat,
         Leaving,
+        Left,
+        Drain,
         PrefillRequest,
         FirstToken,
         Tokens,

@@ -134,6 +134,10 @@ def _api_routes(
     async def workers() -> Response:
         return JSONResponse({"workers": generator.workers()})
 
+    @routes.post("/admin/workers/{worker_id:path}/drain")
+    async def drain(worker_id: str) -> Response:
+        return JSONResponse(generator.drain(worker_id))
+
     return routes
 
 

@@ -16,6 +16,7 @@ class GenerationRequest:
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    timeout: float | None = None  # seconds the client gives it, if it says
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,10 @@ class Generator(Protocol):
 
     def workers(self) -> list[dict[str, Any]]:
         """One row a worker, for ``GET /admin/workers``."""
+        ...
+
+    def drain(self, worker_id: str) -> dict[str, Any]:
+        """Ask a worker to leave the pools; its row. Raises WorkerNotFoundError."""
         ...
 
     def not_ready_reason(self) -> str | None:

@@ -109,6 +109,7 @@ class Intake:
                 request_id=f"{answer_id}-{index}",
                 prompt_token_ids=prompt,
                 sampling=self._sampling(body, max_tokens),
+                timeout=body.timeout,
             )
             choices.append(Choice(request, self._output(body, index, prompt)))
         return Job(

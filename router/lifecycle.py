@@ -1,143 +1,218 @@
-"""A request's life in the router: a pure state machine.
+"""A request's life in the router: a pure state machine over its attempts.
 
-    PREFILLING ──FirstToken──> DECODING ──last token──> ENDED
-        └── any failure, worker lost, client gone, deadline ──┘
+    WAITING ──Placed──> PREFILLING ──first token──> DECODING ──last token──> ENDED
+       ^                    │                          │
+       └── worker lost or left, retryable failure ─────┘   while retries are left
+    any state ──final failure, client gone, deadline, no workers──> ENDED
 
-An event goes in, actions come out; nothing is sent or awaited here. Tokens come from two workers
-over two connections, so they may arrive out of order or twice: they are delivered by index, each
-once.
+An event goes in, actions come out; nothing is sent or awaited here. ``TRANSITIONS`` names what
+every event does in every state.
+
+An attempt is one prefill and one decode worker at work on the request, under an id of its own:
+messages of a former attempt are none of the present one's. It begins with the tokens delivered
+so far, so that it goes on with the next. Its tokens come from two workers over two connections,
+so they may arrive out of order or twice: they are delivered by index, each once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import assert_never
+from typing import Any
 
-from protocol.errors import DeadlineError, KvferryError, WorkerLostError, error_from_code
-from protocol.messages import FinishReason, FirstToken, RequestFailed, TokenUpdate
+from protocol.errors import DeadlineError, KvferryError, WorkerLostError
+from protocol.messages import FinishReason, FirstToken, TokenUpdate
 from router.generation import TokenChunk
+from router.lifecycle_events import (
+    Action,
+    AttemptFailed,
+    CancelOn,
+    ClientGone,
+    DeadlinePassed,
+    Deliver,
+    Event,
+    Fail,
+    NoWorkers,
+    Placed,
+    Retry,
+    WorkerLeft,
+    WorkerLost,
+)
 
 
 class RequestState(Enum):
     """Where a request stands; the module's docstring draws the transitions."""
 
+    WAITING = auto()  # for workers
     PREFILLING = auto()
     DECODING = auto()
     ENDED = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLost:
-    """A worker died, left or was replaced."""
-
-    worker_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class ClientGone:
-    """Nobody waits for the answer any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeadlinePassed:
-    """The request took longer than it may."""
-
-
-Event = FirstToken | TokenUpdate | RequestFailed | WorkerLost | ClientGone | DeadlinePassed
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """Give the client new tokens."""
-
-    chunk: TokenChunk
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """Give the client an error."""
-
-    error: KvferryError
-
-
-@dataclass(frozen=True, slots=True)
-class CancelOn:
-    """Tell a worker to drop the request."""
-
-    worker_id: str
-
-
-Action = Deliver | Fail | CancelOn
-
-
 @dataclass(slots=True, eq=False)
 class RequestLifecycle:
-    """One request on its two workers."""
+    """One request, on its way through one or more attempts."""
 
     request_id: str
-    prefill_id: str
-    decode_id: str
-    state: RequestState = RequestState.PREFILLING
-    num_delivered: int = 0  # tokens
-    decode_has_it: bool = False  # decode sent a token, so prefill is not needed any more
+    max_retries: int = 0
+    state: RequestState = RequestState.WAITING
+    token_ids: list[int] = field(default_factory=list)  # delivered
+    prefill_id: str = ""
+    decode_id: str = ""
+    avoid: set[str] = field(default_factory=set)  # workers on which an attempt failed
+    _num_attempts: int = 0
+    _num_retries: int = 0  # after failures
+    _failure: KvferryError | None = None  # of the last attempt
+    _decode_has_it: bool = False  # decode sent a token, so prefill is not needed any more
     _early: dict[int, TokenUpdate] = field(default_factory=dict)  # by index, not deliverable yet
 
+    @property
+    def attempt_id(self) -> str:
+        """What the workers call the present attempt."""
+        return f"{self.request_id}#{self._num_attempts}"
+
     def handle(self, event: Event) -> list[Action]:
-        """Advance by one event. After the end every event is ignored."""
-        if self.state is RequestState.ENDED:
+        """Advance by one event. A message must be of the present attempt.
+
+        Raises ValueError for an event that cannot be in this state.
+        """
+        transition = TRANSITIONS[self.state].get(type(event))
+        if transition is None:
+            raise ValueError(f"{type(event).__name__} while {self.state.name}")
+        return transition(self, event)
+
+    # Transitions -----------------------------------------------------------------------------
+
+    def _start(self, event: Placed) -> list[Action]:
+        self.state = RequestState.PREFILLING
+        self.prefill_id, self.decode_id = event.prefill_id, event.decode_id
+        self._num_attempts += 1
+        return []
+
+    def _first_token(self, event: FirstToken) -> list[Action]:
+        self.state = RequestState.DECODING
+        return self._deliver(event.index, [event.token_id], event.finish_reason)
+
+    def _tokens(self, event: TokenUpdate) -> list[Action]:
+        self._decode_has_it = True
+        return self._deliver(event.index, event.token_ids, event.finish_reason)
+
+    def _failed(self, event: AttemptFailed) -> list[Action]:
+        if not event.error.retryable:
+            return self._fail(event.error)
+        # A worker that can still complain is not at fault: its partner is lost or has no room.
+        partner = self.decode_id if event.worker_id == self.prefill_id else self.prefill_id
+        self.avoid.add(partner)
+        return self._try_again(event.error, event.error.code)
+
+    def _lost(self, event: WorkerLost) -> list[Action]:
+        role = self._role_needed(event.worker_id)
+        if role is None:
             return []
-        match event:
-            case FirstToken():
-                self.state = RequestState.DECODING
-                return self._deliver(0, [event.token_id], event.finish_reason)
-            case TokenUpdate():
-                self.decode_has_it = True
-                return self._deliver(event.index, event.token_ids, event.finish_reason)
-            case RequestFailed():
-                return self._fail(error_from_code(event.code, event.message))
-            case WorkerLost():
-                return self._worker_lost(event.worker_id)
-            case ClientGone():
-                return self._end()
-            case DeadlinePassed():
-                return self._fail(DeadlineError("the request took longer than --request-timeout"))
-            case _:
-                assert_never(event)
+        error = WorkerLostError(f"{role} worker {event.worker_id} was lost")
+        return self._try_again(error, f"{role}_lost")
+
+    def _left(self, event: WorkerLeft) -> list[Action]:
+        role = self._role_needed(event.worker_id)
+        if role is None:
+            return []
+        error = WorkerLostError(f"{role} worker {event.worker_id} left")
+        return self._try_again(error, "worker_left", charge=False)  # each leaves but once
+
+    def _no_workers(self, event: NoWorkers) -> list[Action]:
+        return self._fail(WorkerLostError(f"{self._failure}, and then {event.reason}"))
+
+    def _time_out(self, _: DeadlinePassed) -> list[Action]:
+        return self._fail(DeadlineError("the request took longer than its timeout"))
+
+    def _leave(self, _: ClientGone) -> list[Action]:
+        return self._end()
+
+    def _ignore(self, _: Event) -> list[Action]:
+        return []
+
+    # What they share -------------------------------------------------------------------------
 
     def _deliver(
         self, index: int, token_ids: list[int], reason: FinishReason | None
     ) -> list[Action]:
         update = TokenUpdate(
-            request_id=self.request_id, index=index, token_ids=token_ids, finish_reason=reason
+            request_id=self.attempt_id, index=index, token_ids=token_ids, finish_reason=reason
         )
         known = self._early.get(index)
         if known is None or len(token_ids) > len(known.token_ids):
             self._early[index] = update
         ready: list[int] = []
         for start in sorted(self._early):
-            if start > self.num_delivered:
+            if start > len(self.token_ids):
                 break
             update = self._early.pop(start)
-            fresh = update.token_ids[self.num_delivered - start :]
+            fresh = update.token_ids[len(self.token_ids) - start :]
             ready += fresh
-            self.num_delivered += len(fresh)
+            self.token_ids += fresh
             if update.finish_reason is not None:
                 self.state = RequestState.ENDED
                 return [Deliver(TokenChunk(ready, update.finish_reason))]
         return [Deliver(TokenChunk(ready))] if ready else []
 
-    def _worker_lost(self, worker_id: str) -> list[Action]:
-        first_token_missing = self.state is RequestState.PREFILLING
-        if worker_id == self.prefill_id and (first_token_missing or not self.decode_has_it):
-            return self._fail(WorkerLostError(f"prefill worker {worker_id} was lost"))
+    def _role_needed(self, worker_id: str) -> str | None:
+        """What the attempt still needs a worker for."""
         if worker_id == self.decode_id:
-            return self._fail(WorkerLostError(f"decode worker {worker_id} was lost"))
-        return []
+            return "decode"
+        has_first_token = self.state is RequestState.DECODING
+        if worker_id == self.prefill_id and not (has_first_token and self._decode_has_it):
+            return "prefill"
+        return None
+
+    def _try_again(self, error: KvferryError, reason: str, *, charge: bool = True) -> list[Action]:
+        if charge and self._num_retries == self.max_retries:
+            return self._fail(error)
+        self._num_retries += charge
+        cancels = self._cancels()
+        self.state = RequestState.WAITING
+        self._failure = error
+        self._decode_has_it = False
+        self._early.clear()
+        return [*cancels, Retry(reason)]
 
     def _fail(self, error: KvferryError) -> list[Action]:
         return [Fail(error), *self._end()]
 
     def _end(self) -> list[Action]:
+        cancels = self._cancels()
         self.state = RequestState.ENDED
-        return [CancelOn(self.prefill_id), CancelOn(self.decode_id)]
+        return cancels
+
+    def _cancels(self) -> list[Action]:
+        if self.state is RequestState.WAITING:
+            return []
+        return [CancelOn(worker, self.attempt_id) for worker in (self.prefill_id, self.decode_id)]
+
+
+Transition = Callable[[RequestLifecycle, Any], list[Action]]
+
+_AT_WORK: Mapping[type[Event], Transition] = {
+    FirstToken: RequestLifecycle._first_token,
+    TokenUpdate: RequestLifecycle._tokens,
+    AttemptFailed: RequestLifecycle._failed,
+    WorkerLost: RequestLifecycle._lost,
+    WorkerLeft: RequestLifecycle._left,
+    ClientGone: RequestLifecycle._leave,
+    DeadlinePassed: RequestLifecycle._time_out,
+}
+
+# What is not here cannot happen: there is no attempt to hear of, or one at work already.
+TRANSITIONS: Mapping[RequestState, Mapping[type[Event], Transition]] = {
+    RequestState.WAITING: {
+        Placed: RequestLifecycle._start,
+        NoWorkers: RequestLifecycle._no_workers,
+        WorkerLost: RequestLifecycle._ignore,
+        WorkerLeft: RequestLifecycle._ignore,
+        ClientGone: RequestLifecycle._leave,
+        DeadlinePassed: RequestLifecycle._time_out,
+    },
+    RequestState.PREFILLING: _AT_WORK,
+    RequestState.DECODING: _AT_WORK,
+    RequestState.ENDED: dict.fromkeys(_AT_WORK, RequestLifecycle._ignore),
+}

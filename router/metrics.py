@@ -55,6 +55,23 @@ class RouterMetrics:
         self.failed(CLIENT_CLOSED_REQUEST, "client_closed_request")
 
 
+class DispatchMetrics:
+    """What the dispatcher counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.retries = Counter(
+            "kvferry_request_retries_total",
+            "Attempts given up and begun anew on other workers",
+            ["reason"],
+            registry=registry,
+        )
+        self.stale = Counter(
+            "kvferry_stale_messages_total",
+            "Messages of workers about attempts that are over",
+            registry=registry,
+        )
+
+
 class SequenceTimer:
     """One sequence's times, from the arrival of its request."""
 

@@ -24,6 +24,7 @@ _PAGES: dict[str, tuple[str, str | None]] = {  # what each says, and as what
     "/ready": ("Whether a request can be served now; 503 says why not", "application/json"),
     "/metrics": ("Metrics for Prometheus", "text/plain"),
 }
+_DRAIN = "/admin/workers/{worker_id}/drain"
 _STREAMS = ("/v1/completions", "/v1/chat/completions")
 _OPEN = ("/health", "/ready", "/metrics")  # without a key
 _ERROR = {
@@ -71,6 +72,14 @@ def description(title: str) -> dict[str, Any]:
         if path in _OPEN:
             operation["security"] = []
         paths[path] = {"get": operation}
+    worker = {"name": "worker_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    paths[_DRAIN] = {
+        "post": {
+            "summary": "Let a worker end its work and leave",
+            "parameters": [worker],
+            "responses": _responses({"application/json": {}}),
+        }
+    }
     return {
         "openapi": VERSION,
         "info": {"title": title, "version": "1"},

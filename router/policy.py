@@ -6,6 +6,7 @@ routers may serve the same pools): a burst between two heartbeats is seen at onc
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from protocol.errors import UnavailableError
@@ -21,7 +22,7 @@ class Pair:
 
 
 def prefill_load(worker: Worker) -> int:
-    """Prompt tokens queued."""
+    """Tokens queued."""
     return max(worker.assigned_tokens, worker.load.waiting_tokens)
 
 
@@ -32,13 +33,16 @@ def decode_load(worker: Worker) -> tuple[int, int]:
     return max(len(worker.assigned), reported), used_blocks
 
 
-def choose_pair(registry: Registry) -> Pair:
+def choose_pair(registry: Registry, avoid: Set[str] = frozenset()) -> Pair:
     """The least loaded prefill worker and the least loaded decode worker whose KV fits together.
 
-    Raises UnavailableError when there is no such pair, naming the pool or field at fault.
+    Workers whose id is in ``avoid`` are taken only where there are no others. Raises
+    UnavailableError when there is no such pair, naming the pool or field at fault.
     """
-    prefills = sorted(registry.serving("prefill"), key=prefill_load)
-    decodes = sorted(registry.serving("decode"), key=decode_load)
+    prefills = registry.serving("prefill")
+    decodes = registry.serving("decode")
+    prefills.sort(key=lambda worker: (worker.worker_id in avoid, prefill_load(worker)))
+    decodes.sort(key=lambda worker: (worker.worker_id in avoid, decode_load(worker)))
     for name, pool in (("prefill", prefills), ("decode", decodes)):
         if not pool:
             raise UnavailableError(f"no {name} worker is serving")

@@ -1,13 +1,14 @@
-"""The workers a router knows: who they are, how loaded, and which requests they hold.
+"""The workers a router knows: who they are, how loaded, and which attempts they hold.
 
 Pure state with the clock passed in. A worker is known by its id and its epoch; state about it
-dies with its epoch.
+dies with its epoch, or with its session: when it has dropped the router's work.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from protocol.messages import Heartbeat, Register, Role, WorkerLoad
 
@@ -21,7 +22,7 @@ class WorkerState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One registered worker. ``assigned`` maps requests to their prompt tokens."""
+    """One registered worker. ``assigned`` maps attempts to their tokens."""
 
     peer: bytes
     info: Register
@@ -37,8 +38,27 @@ class Worker:
 
     @property
     def assigned_tokens(self) -> int:
-        """Prompt tokens of the requests this router gave it."""
+        """Tokens of the attempts this router gave it."""
         return sum(self.assigned.values())
+
+    def row(self) -> dict[str, Any]:
+        """The worker as ``GET /admin/workers`` shows it."""
+        info = self.info
+        return {
+            "id": info.worker_id,
+            "role": info.role,
+            "state": self.state.value,
+            "pid": info.pid,
+            "host": info.host,
+            "address": info.control,
+            "data_address": info.data.decode(errors="replace"),
+            "metrics": info.metrics,
+            "model": info.model,
+            "epoch": info.epoch,
+            "transport": info.transport,
+            "requests": len(self.assigned),
+            "load": self.load.model_dump(),
+        }
 
 
 class Registry:
@@ -47,6 +67,7 @@ class Registry:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout  # seconds without a heartbeat until a worker is lost
         self._workers: dict[bytes, Worker] = {}
+        self._checked: float | None = None  # when ``expire`` was last called
 
     def all(self) -> list[Worker]:
         """Every known worker, in order of registration."""
@@ -55,6 +76,10 @@ class Registry:
     def get(self, peer: bytes) -> Worker | None:
         """The worker behind a link identity."""
         return self._workers.get(peer)
+
+    def named(self, worker_id: str) -> Worker | None:
+        """The worker registered under an id."""
+        return next((w for w in self._workers.values() if w.worker_id == worker_id), None)
 
     def serving(self, role: Role) -> list[Worker]:
         """Workers of a role that take new requests."""
@@ -65,12 +90,12 @@ class Registry:
         ]
 
     def register(self, peer: bytes, info: Register, now: float) -> list[Worker]:
-        """Take a worker in. Returns the workers it replaces: those of its former epochs.
+        """Take a worker in. Returns what it replaces: its former epochs and sessions.
 
-        A repeated registration of the same epoch keeps what the worker holds.
+        A repeated registration of the same epoch and session keeps what the worker holds.
         """
         known = self._workers.get(peer)
-        if known is not None and known.info.epoch == info.epoch:
+        if known is not None and _incarnation(known.info) == _incarnation(info):
             known.info, known.load, known.last_seen = info, info.load, now
             return []
         workers = self._workers.values()
@@ -94,9 +119,26 @@ class Registry:
         if worker is not None:
             worker.state = WorkerState.LEAVING
 
+    def remove(self, peer: bytes) -> Worker | None:
+        """Forget a worker; None if it was not known."""
+        return self._workers.pop(peer, None)
+
     def expire(self, now: float) -> list[Worker]:
-        """Remove and return the workers that have been silent for too long."""
+        """Remove and return the workers that have been silent for too long.
+
+        To be called often: a pause between two calls is the router's own and counts as nobody's
+        silence, since heartbeats may be waiting to be read.
+        """
+        pause = now - self._checked if self._checked is not None else 0.0
+        self._checked = now
+        if pause > self._timeout / 2:
+            for worker in self._workers.values():
+                worker.last_seen += pause
         lost = [w for w in self._workers.values() if now - w.last_seen > self._timeout]
         for worker in lost:
             del self._workers[worker.peer]
         return lost
+
+
+def _incarnation(info: Register) -> tuple[int, int]:
+    return info.epoch, info.session

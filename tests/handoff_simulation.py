@@ -1,5 +1,7 @@
 """One router, one prefill and one decode worker without I/O, joined by a scripted network.
 
+An attempt that fails is followed by another on the same two workers.
+
 The schedulers, both hand-off state machines, the block pools and the router's lifecycle are the
 real ones. A seed decides the order of everything that could happen in any order: messages are
 FIFO within a channel and nothing more, a transfer copies its blocks at any moment before it is
@@ -18,6 +20,7 @@ from random import Random
 
 from decode import admission as adm
 from decode.admission import Admission
+from decode.residents import Resident, Residents
 from decode.scheduler import DecodeScheduler
 from engine.batch import Batch
 from engine.block_pool import BlockPool
@@ -25,7 +28,7 @@ from engine.sequence import Sequence
 from prefill import handoff as hand
 from prefill.handoff import Handoffs
 from prefill.scheduler import PrefillScheduler
-from protocol.errors import KvferryError
+from protocol.errors import DeadlineError, KvferryError, error_from_code
 from protocol.geometry import Fingerprint, KVGeometry
 from protocol.messages import (
     Accepted,
@@ -37,8 +40,18 @@ from protocol.messages import (
     TokenUpdate,
 )
 from protocol.sampling import SamplingParams
-from router.lifecycle import CancelOn, ClientGone, Deliver, Fail, RequestLifecycle, RequestState
-from router.lifecycle import Event as RouterEvent
+from router.lifecycle import RequestLifecycle, RequestState
+from router.lifecycle_events import (
+    AttemptFailed,
+    CancelOn,
+    ClientGone,
+    Deliver,
+    Fail,
+    Placed,
+    Retry,
+    WorkerLost,
+)
+from router.lifecycle_events import Event as RouterEvent
 from tests.fake_model import Memory
 
 PREFILL, DECODE = "prefill-0", "decode-0"
@@ -76,10 +89,13 @@ class Request:
     prompt: list[int]
     sampling: SamplingParams
     lifecycle: RequestLifecycle
+    deadline: float
+    epoch: int  # of the decode worker, as the router knows it
     tokens: list[int] = field(default_factory=list)
     errors: list[KvferryError] = field(default_factory=list)
     finish_reason: str | None = None
     cancelled: bool = False
+    num_attempts: int = 0
 
 
 class Simulation:
@@ -90,6 +106,7 @@ class Simulation:
         self.random = random
         self.now = 0.0
         self.requests: dict[str, Request] = {}
+        self.attempts: dict[str, Request] = {}  # every one there ever was
         self.channels: dict[str, deque[Callable[[], None]]] = {}
         self.shipments: list[Shipment] = []
         self.receives: dict[int, list[int]] = {}  # grant id to blocks that may be written
@@ -122,6 +139,7 @@ class Simulation:
             grant_timeout=20.0,
             new_grant_id=count(1).__next__,
         )
+        self.residents = Residents()
         self.decode_step: tuple[Batch, list[int] | None] | None = None
 
     # The client and the router ---------------------------------------------------------------
@@ -132,14 +150,26 @@ class Simulation:
         sampling: SamplingParams,
         timeout: float = 1e9,
         epoch: int = EPOCH,
+        max_retries: int = 0,
     ) -> Request:
         """A client sends a request."""
         request_id = f"r{len(self.requests)}"
-        request = Request(prompt, sampling, RequestLifecycle(request_id, PREFILL, DECODE))
+        lifecycle = RequestLifecycle(request_id, max_retries)
+        request = Request(prompt, sampling, lifecycle, self.now + timeout, epoch)
         self.requests[request_id] = request
-        peer = PeerAddress(worker_id=DECODE, epoch=epoch, control="", data=b"")
-        self._post("router>prefill", lambda: self._start(request_id, peer, timeout))
+        self._place(request)
         return request
+
+    def _place(self, request: Request) -> None:
+        lifecycle = request.lifecycle
+        if lifecycle.state is not RequestState.WAITING:
+            return
+        lifecycle.handle(Placed(PREFILL, DECODE))
+        request.num_attempts += 1
+        attempt_id = lifecycle.attempt_id
+        self.attempts[attempt_id] = request
+        token_ids = [*request.prompt, *lifecycle.token_ids]
+        self._post("router>prefill", lambda: self._start(attempt_id, token_ids))
 
     def cancel(self, request: Request) -> None:
         """The client goes away."""
@@ -147,11 +177,17 @@ class Simulation:
         self._to_lifecycle(request, ClientGone())
 
     def _from_worker(self, worker_id: str, event: FirstToken | TokenUpdate | RequestFailed) -> None:
-        request = self.requests[event.request_id]
-        ended = request.lifecycle.state is RequestState.ENDED
-        if ended and not isinstance(event, RequestFailed):
+        request = self.attempts[event.request_id]
+        at_work = request.lifecycle.state in (RequestState.PREFILLING, RequestState.DECODING)
+        stale = not at_work or event.request_id != request.lifecycle.attempt_id
+        if isinstance(event, RequestFailed):
+            error = error_from_code(event.code, event.message)
+            if not stale:
+                self._to_lifecycle(request, AttemptFailed(worker_id, error))
+        elif stale:
             self._cancel_on(worker_id, event.request_id)
-        self._to_lifecycle(request, event)
+        else:
+            self._to_lifecycle(request, event)
 
     def _to_lifecycle(self, request: Request, event: RouterEvent) -> None:
         for action in request.lifecycle.handle(event):
@@ -162,8 +198,10 @@ class Simulation:
                     request.finish_reason = chunk.finish_reason
                 case Fail(error):
                     request.errors.append(error)
-                case CancelOn(worker_id):
-                    self._cancel_on(worker_id, request.lifecycle.request_id)
+                case CancelOn(worker_id, attempt_id):
+                    self._cancel_on(worker_id, attempt_id)
+                case Retry():
+                    self._post("router", lambda: self._place(request))
 
     def _cancel_on(self, worker_id: str, request_id: str) -> None:
         if worker_id == PREFILL:
@@ -173,12 +211,12 @@ class Simulation:
 
     # Prefill ---------------------------------------------------------------------------------
 
-    def _start(self, request_id: str, peer: PeerAddress, timeout: float) -> None:
-        request = self.requests[request_id]
-        prompt = list(request.prompt)
-        sequence = Sequence(request_id, prompt, len(prompt), request.sampling)
+    def _start(self, attempt_id: str, token_ids: list[int]) -> None:
+        request = self.attempts[attempt_id]
+        peer = PeerAddress(worker_id=DECODE, epoch=request.epoch, control="", data=b"")
+        sequence = Sequence(attempt_id, token_ids, len(request.prompt), request.sampling)
         self.prefill.add(sequence)
-        self.to_prefill(hand.Queued(sequence, "router", peer, self.now + timeout))
+        self.to_prefill(hand.Queued(sequence, "router", peer, request.deadline))
 
     def to_prefill(self, event: hand.Event) -> None:
         """Give the prefill worker an event and carry out what it wants."""
@@ -218,6 +256,7 @@ class Simulation:
             if token_id is not None:
                 first = FirstToken(
                     request_id=sequence.request_id,
+                    index=sequence.num_output_tokens - 1,
                     token_id=token_id,
                     finish_reason=sequence.finish_reason(),
                     num_cached_tokens=sequence.num_cached,
@@ -246,12 +285,17 @@ class Simulation:
                     self.receives[grant_id] = list(blocks)
                 case adm.CloseReceive(grant_id):
                     self._post(f"closing {grant_id}", partial(self._closed, grant_id))
-                case adm.Admit(sequence, _):
+                case adm.Admit(sequence, router_id, deadline):
+                    self.residents.add(sequence.request_id, Resident(router_id, deadline))
                     self.decode.add(sequence)
                 case adm.Abandon(request_id):
-                    self.decode.cancel(request_id)
+                    self._drop_resident(request_id)
                 case adm.Report(_, failed):
                     self._post("decode>router", partial(self._from_worker, DECODE, failed))
+
+    def _drop_resident(self, request_id: str) -> None:
+        self.residents.remove(request_id)
+        self.decode.cancel(request_id)
 
     def decode_schedule(self) -> None:
         """Begin a step; the engine writes now or only when the step ends."""
@@ -272,6 +316,8 @@ class Simulation:
                 token_ids=[new.token_id],
                 finish_reason=new.finish_reason,
             )
+            if new.finish_reason is not None:
+                self.residents.remove(new.sequence.request_id)
             self._post("decode>router", partial(self._from_worker, DECODE, update))
         self.to_decode(adm.Tick())
 
@@ -360,6 +406,8 @@ class Simulation:
         faults += [partial(self.fail_send, s) for s in self.shipments]
         faults += [partial(self.fail_receive, g) for g in self.receives]
         faults += [partial(self.cancel, r) for r in self.requests.values()]
+        faults += [partial(self.give_up, w) for w in (PREFILL, DECODE)]
+        faults += [partial(self.drop_router, w) for w in (PREFILL, DECODE)]
         return faults
 
     def damage(self) -> None:
@@ -374,11 +422,31 @@ class Simulation:
         if not queue:
             del self.channels[channel]
 
+    def give_up(self, worker_id: str) -> None:
+        """The router takes a worker for lost; the worker hears nothing but the cancels."""
+        for request in self.requests.values():
+            self._to_lifecycle(request, WorkerLost(worker_id))
+
+    def drop_router(self, worker_id: str) -> None:
+        """A worker takes the router for lost, drops its work and says so."""
+        if worker_id == PREFILL:
+            self.to_prefill(hand.RouterLost("router"))
+        else:
+            for request_id in self.residents.of_router("router"):
+                self._drop_resident(request_id)
+            self.to_decode(adm.RouterLost("router"))
+        side = "prefill" if worker_id == PREFILL else "decode"
+        self._post(f"{side}>router", partial(self.give_up, worker_id))
+
     def tick(self, seconds: float = 0.0) -> None:
         """Let time pass on both workers."""
         self.now += seconds
         self.to_prefill(hand.Tick())
         self.to_decode(adm.Tick())
+        for request_id in self.residents.expired(self.now):
+            self._drop_resident(request_id)
+            failed = RequestFailed(request_id=request_id, code=DeadlineError.code, message="late")
+            self._post("decode>router", partial(self._from_worker, DECODE, failed))
 
     def step(self, fault_rate: float = 0.0) -> None:
         """Let one event happen and audit both workers."""
@@ -426,6 +494,7 @@ class Simulation:
             or self.prefill.running
             or self.decode.num_waiting
             or self.decode.running
+            or len(self.residents)
             or self.handoffs.num_open
             or self.admission.num_open
             or self.prefill.pool.num_used

@@ -63,6 +63,7 @@ def random_request(simulation: Simulation, random: Random) -> Request:
         SamplingParams(max_tokens=max_tokens, stop_token_ids=stops),
         timeout=random.choice((1e9, 1e9, 5.0)),
         epoch=EPOCH + (random.random() < 0.05),
+        max_retries=random.choice((0, 3)),
     )
 
 
@@ -90,13 +91,17 @@ def named(seed: int) -> Iterator[None]:
 
 def test_every_history_ends_clean_and_with_the_right_tokens() -> None:
     outcomes: Counter[str] = Counter()
-    recomputed = preempted = 0
+    recomputed = preempted = resumed = 0
     for seed in range(NUM_SEEDS):
         with named(seed):
             simulation = run(seed, fault_rate=(0.0, 0.02, 0.1)[seed % 3])
             outcomes.update(map(outcome, simulation.requests.values()))
             recomputed += simulation.admission.integrity_failures.get("digest", 0)
             preempted += simulation.decode.num_preemptions
+            resumed += sum(
+                request.num_attempts > 1 and request.finish_reason is not None
+                for request in simulation.requests.values()
+            )
     # The histories reached what they are for.
     assert outcomes.keys() == {
         "finished",
@@ -111,6 +116,7 @@ def test_every_history_ends_clean_and_with_the_right_tokens() -> None:
     assert min(outcomes.values()) > rare, outcomes
     assert recomputed > rare
     assert preempted > 5 * rare
+    assert resumed > 10 * rare
 
 
 # One request, one thing out of the ordinary --------------------------------------------------
@@ -221,7 +227,7 @@ def test_deadline_after_every_number_of_events(seed: int) -> None:
         request = simulation.submit(PROMPT, GREEDY, timeout=10.0)
         for _ in range(num_events):
             simulation.step()
-        lease = simulation.handoffs.lease(request.lifecycle.request_id)
+        lease = simulation.handoffs.lease(request.lifecycle.attempt_id)
         states.add(lease.state if lease else None)
         simulation.tick(10.0)
         simulation.settle()
@@ -238,7 +244,7 @@ def leased() -> tuple[Simulation, hand.Lease]:
     simulation.submit(PROMPT, GREEDY)
     while True:
         simulation.step()
-        lease = simulation.handoffs.lease("r0")
+        lease = simulation.handoffs.lease("r0#1")
         if lease is not None and lease.state is hand.LeaseState.OFFERED:
             return simulation, lease
 
@@ -254,7 +260,7 @@ def granted() -> tuple[Simulation, int]:
 
 def test_a_refusal_that_comes_late_changes_nothing() -> None:
     simulation, _ = leased()
-    late = GrantRefused(request_id="r0", code="overloaded", message="late")
+    late = GrantRefused(request_id="r0#1", code="overloaded", message="late")
     assert simulation.handoffs.handle(late, 0.0) == []
     simulation.check()
     simulation.settle()
@@ -272,7 +278,7 @@ def test_a_second_grant_changes_nothing() -> None:
 def test_accepted_twice_and_for_unknown_requests() -> None:
     simulation, lease = leased()
     assert lease.grant is not None
-    accepted = Accepted(request_id="r0", grant_id=lease.grant.grant_id)
+    accepted = Accepted(request_id="r0#1", grant_id=lease.grant.grant_id)
     for _ in range(2):
         assert simulation.handoffs.handle(accepted, 0.0) == []
         assert simulation.handoffs.num_open == 0
@@ -281,12 +287,12 @@ def test_accepted_twice_and_for_unknown_requests() -> None:
 
 def test_a_grant_after_cancel_is_revoked_once_and_not_used() -> None:
     simulation, grant_id = granted()
-    [abandon, tell] = simulation.handoffs.handle(hand.Cancelled("r0"), 0.0)
-    assert abandon == hand.Abandon("r0")
+    [abandon, tell] = simulation.handoffs.handle(hand.Cancelled("r0#1"), 0.0)
+    assert abandon == hand.Abandon("r0#1")
     assert isinstance(tell, hand.Tell)
-    assert tell.message == Revoke(request_id="r0", grant_id=0)
+    assert tell.message == Revoke(request_id="r0#1", grant_id=0)
     grant = Grant(
-        request_id="r0",
+        request_id="r0#1",
         grant_id=grant_id,
         epoch=EPOCH,
         num_cached_tokens=0,
@@ -304,7 +310,7 @@ def test_a_grant_of_the_wrong_size_fails_the_request() -> None:
         simulation.step()
     [grant_id] = simulation.receives
     wrong = Grant(
-        request_id="r0",
+        request_id="r0#1",
         grant_id=grant_id,
         epoch=EPOCH,
         num_cached_tokens=0,
@@ -345,20 +351,23 @@ def test_two_decode_workers_may_pick_the_same_grant_id() -> None:
 
 
 @pytest.mark.parametrize("by_router", [True, False])
-def test_cancel_and_revoke_stop_a_sequence_that_decode_is_running(by_router: bool) -> None:
+def test_the_router_stops_a_running_sequence_and_prefill_does_not(by_router: bool) -> None:
     simulation = simulate()
-    simulation.submit(PROMPT, SamplingParams(max_tokens=100))
+    request = simulation.submit(PROMPT, SamplingParams(max_tokens=100))
     while not simulation.decode.running:
         simulation.step()
-    revoke = adm.FromPeer(b"prefill", Revoke(request_id="r0", grant_id=1))
-    simulation.to_decode(adm.Cancelled("r0") if by_router else revoke)
-    assert not simulation.decode.running
+    revoke = adm.FromPeer(b"prefill", Revoke(request_id="r0#1", grant_id=1))
+    simulation.to_decode(adm.Cancelled("r0#1") if by_router else revoke)
+    assert bool(simulation.decode.running) != by_router
     simulation.check()
+    if not by_router:
+        simulation.settle()
+        assert outcome(request) == "finished"
 
 
 def test_a_block_is_free_only_when_the_transport_says_so() -> None:
     simulation, grant_id = granted()
-    simulation.to_decode(adm.Cancelled("r0"))
+    simulation.to_decode(adm.Cancelled("r0#1"))
     simulation.to_decode(adm.Tick())
     assert simulation.admission.num_quarantined_blocks == simulation.decode.pool.num_used == 3
     simulation.tick(1e6)
@@ -375,10 +384,10 @@ def test_a_block_is_free_only_when_the_transport_says_so() -> None:
 def test_a_hand_off_on_other_terms_is_refused_by_name(field: str, value: object) -> None:
     simulation = simulate()
     request = simulation.submit(PROMPT, GREEDY)
-    while not (lease := simulation.handoffs.lease("r0")) or not lease.grant:
+    while not (lease := simulation.handoffs.lease("r0#1")) or not lease.grant:
         simulation.step()
     handoff = Handoff(
-        request_id="r0",
+        request_id="r0#1",
         grant_id=lease.grant.grant_id,
         epoch=EPOCH,
         first_token=1,

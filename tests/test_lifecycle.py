@@ -2,91 +2,100 @@
 
 from __future__ import annotations
 
-import asyncio
 from itertools import permutations
-from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.errors import DeadlineError, KvferryError, OverloadedError, WorkerLostError
-from protocol.geometry import Fingerprint, KVGeometry
-from protocol.link import Server
-from protocol.messages import (
-    Cancel,
-    FirstToken,
-    Message,
-    PrefillRequest,
-    Register,
-    RequestFailed,
-    Role,
-    TokenUpdate,
-    WorkerLoad,
+from protocol.errors import (
+    DeadlineError,
+    InvalidRequestError,
+    KvferryError,
+    OverloadedError,
+    WorkerLostError,
 )
-from protocol.sampling import SamplingParams
-from router.dispatch import Dispatcher
-from router.generation import GenerationRequest, TokenChunk
-from router.lifecycle import (
+from protocol.messages import FirstToken, TokenUpdate
+from router.generation import TokenChunk
+from router.lifecycle import TRANSITIONS, RequestLifecycle, RequestState
+from router.lifecycle_events import (
     Action,
+    AttemptFailed,
     CancelOn,
     ClientGone,
     DeadlinePassed,
     Deliver,
     Event,
     Fail,
-    RequestLifecycle,
-    RequestState,
+    NoWorkers,
+    Placed,
+    Retry,
+    WorkerLeft,
     WorkerLost,
 )
 
-FAILURE = RequestFailed(request_id="r", code="overloaded", message="full")
-CANCELS = [CancelOn("p"), CancelOn("d")]
+FULL = AttemptFailed("p", OverloadedError("full"))
+FATAL = AttemptFailed("p", InvalidRequestError("no"))
+CANCELS = [CancelOn("p", "r#1"), CancelOn("d", "r#1")]
 
 
-def first(token_id: int = 100, last: bool = False) -> FirstToken:
+def first(index: int = 0, last: bool = False, attempt: int = 1) -> FirstToken:
+    """Token 100 + index."""
     return FirstToken(
-        request_id="r",
-        token_id=token_id,
+        request_id=f"r#{attempt}",
+        index=index,
+        token_id=100 + index,
         finish_reason="stop" if last else None,
         num_cached_tokens=0,
     )
 
 
-def update(index: int, count: int = 1, last: bool = False) -> TokenUpdate:
+def update(index: int, count: int = 1, last: bool = False, attempt: int = 1) -> TokenUpdate:
     """Tokens 100 + index onwards."""
     return TokenUpdate(
-        request_id="r",
+        request_id=f"r#{attempt}",
         index=index,
         token_ids=[100 + index + i for i in range(count)],
         finish_reason="length" if last else None,
     )
 
 
-def lifecycle() -> RequestLifecycle:
-    return RequestLifecycle("r", "p", "d")
+def placed(max_retries: int = 0) -> RequestLifecycle:
+    """A request whose first attempt was given to two workers."""
+    request = RequestLifecycle("r", max_retries)
+    assert request.handle(Placed("p", "d")) == []
+    return request
 
 
 def delivered(actions: list[Action]) -> list[int]:
     return [t for action in actions if isinstance(action, Deliver) for t in action.chunk.token_ids]
 
 
+def failure(actions: list[Action]) -> KvferryError | None:
+    return next((action.error for action in actions if isinstance(action, Fail)), None)
+
+
 @st.composite
-def histories(draw: st.DrawFn) -> tuple[int, list[Event]]:
-    """A number of tokens and, shuffled, messages that carry them all, some twice or in pieces."""
-    num_tokens = draw(st.integers(1, 8))
-    events: list[Event] = [first(last=num_tokens == 1)]
-    index = 1
-    while index < num_tokens:
-        count = draw(st.integers(1, num_tokens - index))
-        events.append(update(index, count, last=index + count == num_tokens))
+def histories(
+    draw: st.DrawFn, num_tokens: int | None = None, start: int = 0, attempt: int = 1
+) -> tuple[int, list[Event]]:
+    """A number of tokens and, shuffled, an attempt's messages with all from ``start`` on.
+
+    Some come twice or in pieces.
+    """
+    end = num_tokens or draw(st.integers(1, 8))
+    events: list[Event] = [first(start, start + 1 == end, attempt)]
+    index = start + 1
+    while index < end:
+        count = draw(st.integers(1, end - index))
+        events.append(update(index, count, index + count == end, attempt))
         index += count
-    for _ in range(draw(st.integers(0, 4)) if num_tokens > 1 else 0):
-        start = draw(st.integers(1, num_tokens - 1))
-        count = draw(st.integers(1, num_tokens - start))
-        events.append(update(start, count, last=start + count == num_tokens))
+    for _ in range(draw(st.integers(0, 4)) if end - start > 1 else 0):
+        index = draw(st.integers(start + 1, end - 1))
+        count = draw(st.integers(1, end - index))
+        events.append(update(index, count, index + count == end, attempt))
     events += draw(st.lists(st.sampled_from(events), max_size=3))
-    return num_tokens, draw(st.permutations(events))
+    return end, draw(st.permutations(events))
 
 
 @settings(max_examples=400, deadline=None)
@@ -95,7 +104,7 @@ def test_each_token_is_delivered_once_in_order_whatever_the_order_of_arrival(
     history: tuple[int, list[Event]],
 ) -> None:
     num_tokens, events = history
-    request = lifecycle()
+    request = placed()
     actions = [action for event in events for action in request.handle(event)]
     assert delivered(actions) == [*range(100, 100 + num_tokens)]
     reasons = [a.chunk.finish_reason for a in actions if isinstance(a, Deliver)]
@@ -105,51 +114,120 @@ def test_each_token_is_delivered_once_in_order_whatever_the_order_of_arrival(
 
 
 interruptions: st.SearchStrategy[Event] = st.sampled_from(
-    [FAILURE, WorkerLost("p"), WorkerLost("d"), WorkerLost("x"), ClientGone(), DeadlinePassed()]
+    [
+        FULL,
+        FATAL,
+        WorkerLost("p"),
+        WorkerLost("d"),
+        WorkerLost("x"),
+        WorkerLeft("p"),
+        WorkerLeft("d"),
+        WorkerLeft("x"),
+        ClientGone(),
+        DeadlinePassed(),
+    ]
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(history=histories(), data=st.data())
-def test_one_terminal_outcome_and_nothing_after_it(
-    history: tuple[int, list[Event]], data: st.DataObject
+@settings(max_examples=600, deadline=None)
+@given(data=st.data(), max_retries=st.integers(0, 3))
+def test_a_request_goes_on_from_its_next_token_until_its_one_end(
+    data: st.DataObject, max_retries: int
 ) -> None:
-    num_tokens, events = history
-    for interruption in data.draw(st.lists(interruptions, min_size=1, max_size=3)):
-        events.insert(data.draw(st.integers(0, len(events))), interruption)
-    request = lifecycle()
-    ends = 0
+    num_tokens = data.draw(st.integers(1, 8))
+    request = RequestLifecycle("r", max_retries)
     tokens: list[int] = []
-    for event in events:
-        over = request.state is RequestState.ENDED
-        actions = request.handle(event)
-        if over:
-            assert actions == []
-        tokens += delivered(actions)
-        failed = any(isinstance(action, Fail) for action in actions)
-        finished = any(isinstance(a, Deliver) and a.chunk.finish_reason for a in actions)
-        gone = isinstance(event, ClientGone) and not over
-        ends += failed + finished + gone
-        assert (failed or finished or gone) == (request.state is RequestState.ENDED and not over)
-        if failed or gone:
-            assert actions[-2:] == CANCELS
+    ends = retries = attempts = 0
+    while request.state is not RequestState.ENDED:
+        assert request.state is RequestState.WAITING
+        if data.draw(st.integers(0, 9)) == 0:
+            last: Event = data.draw(
+                st.sampled_from([NoWorkers("x"), ClientGone(), DeadlinePassed()])
+            )
+            actions = request.handle(last)
+            assert (failure(actions) is None) == isinstance(last, ClientGone)
+            assert request.state is RequestState.ENDED
+            return
+        request.handle(Placed("p", "d"))
+        attempts += 1
+        assert request.attempt_id == f"r#{attempts}"
+        _, events = data.draw(histories(num_tokens, len(tokens), attempts))
+        for interruption in data.draw(st.lists(interruptions, max_size=2)):
+            events.insert(data.draw(st.integers(0, len(events))), interruption)
+        for event in events:
+            over = request.state in (RequestState.ENDED, RequestState.WAITING)
+            if over and isinstance(event, FirstToken | TokenUpdate | AttemptFailed):
+                continue  # of a former attempt: the dispatcher knows it by its id
+            ended = request.state is RequestState.ENDED
+            actions = request.handle(event)
+            tokens += delivered(actions)
+            retried = [action for action in actions if isinstance(action, Retry)]
+            retries += bool(retried) and not isinstance(event, WorkerLeft)
+            finished = any(isinstance(a, Deliver) and a.chunk.finish_reason for a in actions)
+            gone = isinstance(event, ClientGone) and not ended
+            ends += (failure(actions) is not None) + finished + gone
+            if (retried or failure(actions) or gone) and not over:
+                id_ = f"r#{attempts}"
+                assert [a for a in actions if isinstance(a, CancelOn)] == [
+                    CancelOn("p", id_),
+                    CancelOn("d", id_),
+                ]
     assert ends == 1
-    assert tokens == [*range(100, 100 + len(tokens))]
+    assert retries <= max_retries
+    assert tokens == request.token_ids == [*range(100, 100 + len(tokens))]
     assert len(tokens) <= num_tokens
 
 
-def test_states() -> None:
-    request = lifecycle()
-    states = [request.state]
-    assert request.handle(first()) == [Deliver(TokenChunk([100]))]
-    states.append(request.state)
-    assert request.handle(update(1, last=True)) == [Deliver(TokenChunk([101], "length"))]
-    states.append(request.state)
-    assert states == [RequestState.PREFILLING, RequestState.DECODING, RequestState.ENDED]
+EVENTS: list[Event] = [
+    Placed("p", "d"),
+    NoWorkers("none"),
+    first(),
+    update(1),
+    FULL,
+    WorkerLost("p"),
+    WorkerLeft("p"),
+    ClientGone(),
+    DeadlinePassed(),
+]
+
+
+def in_state(state: RequestState) -> RequestLifecycle:
+    request = placed(max_retries=3)
+    events: dict[RequestState, list[Event]] = {
+        RequestState.WAITING: [WorkerLost("d")],
+        RequestState.PREFILLING: [],
+        RequestState.DECODING: [first()],
+        RequestState.ENDED: [ClientGone()],
+    }
+    for event in events[state]:
+        request.handle(event)
+    assert request.state is state
+    return request
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("state", RequestState)
+def test_every_event_in_every_state_is_in_the_table_or_rejected(
+    state: RequestState, event: Event
+) -> None:
+    waiting = isinstance(event, Placed | NoWorkers)
+    of_an_attempt = isinstance(event, FirstToken | TokenUpdate | AttemptFailed)
+    impossible = (waiting and state is not RequestState.WAITING) or (
+        of_an_attempt and state is RequestState.WAITING
+    )
+    request = in_state(state)
+    assert (type(event) not in TRANSITIONS[state]) == impossible
+    if impossible:
+        with pytest.raises(ValueError, match=f"{type(event).__name__} while {state.name}"):
+            request.handle(event)
+        assert request.state is state
+    else:
+        actions = request.handle(event)
+        assert actions == [] or state is not RequestState.ENDED
 
 
 def test_decodes_tokens_wait_for_the_first() -> None:
-    request = lifecycle()
+    request = placed()
     assert request.handle(update(1)) == []
     assert request.handle(update(2, last=True)) == []
     assert request.handle(first()) == [Deliver(TokenChunk([100, 101, 102], "length"))]
@@ -157,124 +235,79 @@ def test_decodes_tokens_wait_for_the_first() -> None:
 
 def test_a_shorter_repetition_does_not_replace_what_waits() -> None:
     for events in permutations([update(1, 3, last=True), update(1), update(1, 2)]):
-        request = lifecycle()
+        request = placed()
         for event in events:
             assert request.handle(event) == []
         assert delivered(request.handle(first())) == [100, 101, 102, 103]
         assert request.state is RequestState.ENDED
 
 
+def test_what_waited_for_a_lost_first_token_is_dropped_with_its_attempt() -> None:
+    request = placed(max_retries=1)
+    request.handle(update(1, 3))
+    assert request.handle(WorkerLost("p")) == [*CANCELS, Retry("prefill_lost")]
+    request.handle(Placed("q", "d"))
+    assert delivered(request.handle(first(attempt=2))) == [100]
+
+
 @pytest.mark.parametrize("events", [[], [first()], [update(1)], [update(1), update(2)]])
 def test_prefill_is_needed_until_the_first_token_is_here_and_decode_has_taken_over(
     events: list[Event],
 ) -> None:
-    request = lifecycle()
+    request = placed()
     for event in events:
         request.handle(event)
-    [fail, *cancels] = request.handle(WorkerLost("p"))
-    assert isinstance(fail, Fail)
-    assert isinstance(fail.error, WorkerLostError)
-    assert cancels == CANCELS
+    actions = request.handle(WorkerLost("p"))
+    assert type(failure(actions)) is WorkerLostError
+    assert actions[1:] == CANCELS
 
 
 def test_prefill_is_not_needed_once_decode_has_taken_over() -> None:
-    request = lifecycle()
+    request = placed()
     request.handle(first())
     request.handle(update(1))
     assert request.handle(WorkerLost("p")) == []
     assert delivered(request.handle(update(2, last=True))) == [102]
 
 
-def test_errors_keep_their_kind() -> None:
-    for event, kind in ((FAILURE, OverloadedError), (DeadlinePassed(), DeadlineError)):
-        [fail, *_] = lifecycle().handle(event)
-        assert isinstance(fail, Fail)
-        assert type(fail.error) is kind
+def test_failures_use_the_retries_up_and_the_last_error_is_told() -> None:
+    request = placed(max_retries=2)
+    for reason in (WorkerLost("d"), FULL):
+        request.handle(reason)
+        request.handle(Placed("p", "d"))
+    assert type(failure(request.handle(FULL))) is OverloadedError
+
+
+def test_workers_that_leave_cost_no_retry() -> None:
+    request = placed(max_retries=0)
+    for attempt in range(1, 6):
+        cancels = [CancelOn("p", f"r#{attempt}"), CancelOn("d", f"r#{attempt}")]
+        assert request.handle(WorkerLeft("d")) == [*cancels, Retry("worker_left")]
+        request.handle(Placed("p", "d"))
+
+
+def test_a_worker_that_complains_is_kept_and_its_partner_avoided() -> None:
+    request = placed(max_retries=9)
+    request.handle(AttemptFailed("p", WorkerLostError("no answer")))
+    assert request.avoid == {"d"}
+    request.handle(Placed("p", "e"))
+    request.handle(AttemptFailed("e", WorkerLostError("transfer failed")))
+    assert request.avoid == {"d", "p"}
+
+
+def test_waiting_in_vain_tells_what_was_lost_and_what_is_missing() -> None:
+    request = placed(max_retries=1)
+    request.handle(WorkerLost("d"))
+    error = failure(request.handle(NoWorkers("no decode worker is serving")))
+    assert type(error) is WorkerLostError
+    assert str(error) == "decode worker d was lost, and then no decode worker is serving"
+
+
+def test_what_will_fail_anywhere_is_not_tried_again() -> None:
+    for event, kind in ((FATAL, InvalidRequestError), (DeadlinePassed(), DeadlineError)):
+        error = failure(placed(max_retries=9).handle(event))
+        assert type(error) is kind
 
 
 def test_a_client_that_leaves_gets_no_error() -> None:
-    assert lifecycle().handle(ClientGone()) == CANCELS
-
-
-# Through the dispatcher: which workers hear of what -------------------------------------------
-
-
-ROLES: tuple[Role, Role] = ("prefill", "decode")
-
-
-class Wire:
-    """A link that keeps what is sent."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[bytes, Message]] = []
-
-    def send(self, peer: bytes, message: Message) -> bool:
-        self.sent.append((peer, message))
-        return True
-
-
-def registration(role: Role, epoch: int = 1) -> Register:
-    geometry = KVGeometry(num_kv_heads=1, num_layers=1, block_size=4, head_dim=4, dtype="float32")
-    return Register(
-        worker_id=role,
-        epoch=epoch,
-        role=role,
-        model="m",
-        fingerprint=Fingerprint(weights_digest="00", rope="none", geometry=geometry),
-        vocab_size=10,
-        max_model_len=100,
-        pid=1,
-        host="h",
-        control="c",
-        data=b"",
-        transport="t",
-        metrics="",
-        load=WorkerLoad(),
-    )
-
-
-def dispatched() -> tuple[Dispatcher, Wire, asyncio.Queue[TokenChunk | KvferryError]]:
-    """A dispatcher whose only request has delivered its first token."""
-    wire = Wire()
-    dispatcher = Dispatcher(cast("Server", wire))
-    for role in ROLES:
-        dispatcher._receive_one(role.encode(), registration(role))
-    request = GenerationRequest("r", [1, 2, 3], SamplingParams(max_tokens=4))
-    running = dispatcher._dispatch(request)
-    assert isinstance(wire.sent[-1][1], PrefillRequest)
-    dispatcher._receive_one(b"prefill", first())
-    assert running.output.get_nowait() == TokenChunk([100])
-    return dispatcher, wire, running.output
-
-
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_worker_that_restarts_between_first_token_and_hand_off_fails_the_request(
-    role: Role,
-) -> None:
-    dispatcher, wire, output = dispatched()
-    dispatcher._receive_one(role.encode(), registration(role, epoch=2))
-    assert type(output.get_nowait()) is WorkerLostError
-    assert output.empty()
-    assert dispatcher.num_running == 0
-    other = b"decode" if role == "prefill" else b"prefill"
-    cancelled = [peer for peer, message in wire.sent if isinstance(message, Cancel)]
-    assert cancelled == [other]  # the new incarnation never had it
-
-
-async def test_closing_the_generator_cancels_on_both_workers_and_strays_are_answered() -> None:
-    wire = Wire()
-    dispatcher = Dispatcher(cast("Server", wire))
-    for role in ROLES:
-        dispatcher._receive_one(role.encode(), registration(role))
-    request = GenerationRequest("r", [1, 2, 3], SamplingParams(max_tokens=4))
-    chunks = dispatcher.generate(request)
-    waiting = asyncio.ensure_future(anext(chunks))
-    await asyncio.sleep(0)
-    dispatcher._receive_one(b"prefill", first())
-    assert await waiting == TokenChunk([100])
-    await chunks.aclose()
-    cancelled = [peer for peer, message in wire.sent if isinstance(message, Cancel)]
-    assert cancelled == [b"prefill", b"decode"]
-    assert dispatcher.num_running == 0
-    dispatcher._receive_one(b"decode", first())
-    assert wire.sent[-1] == (b"decode", Cancel(request_id="r"))
+    assert placed().handle(ClientGone()) == CANCELS

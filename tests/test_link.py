@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import stat
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -37,8 +38,8 @@ async def open_socket() -> AsyncIterator[Opens]:
         return socket
 
     yield open_one
-    for socket in sockets:
-        socket.close(0)
+    for opened in sockets:
+        opened.close(0)
 
 
 @pytest.fixture
@@ -227,6 +228,29 @@ async def test_an_address_in_use_is_named() -> None:
     server = Server(ANY_PORT)
     with pytest.raises(ConfigError, match=r"cannot listen on tcp://.* in use"):
         Server(server.endpoint)
+    server.close()
+
+
+async def test_a_local_socket_in_use_is_not_taken_away(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/s"
+    server = Server(endpoint)
+    with pytest.raises(ConfigError, match="another process listens there"):
+        Server(endpoint)
+    client = Client(endpoint, "worker-0")
+    client.send(RegisterAgain())
+    assert await received(server) == (b"worker-0", RegisterAgain())
+    client.close()
+    server.close()
+
+
+async def test_a_local_socket_that_a_dead_process_left_is_taken_over(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(f"{tmp_path}/s")
+    server = Server(f"ipc://{tmp_path}/s")
+    client = Client(server.endpoint, "worker-0")
+    client.send(RegisterAgain())
+    assert await received(server) == (b"worker-0", RegisterAgain())
+    client.close()
     server.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import msgpack
 import pytest
@@ -51,10 +52,29 @@ updates = st.builds(
     finish_reason=reasons,
 )
 
+
+@st.composite
+def continuations(
+    draw: st.DrawFn, kind: type[messages.Continuation], **fields: st.SearchStrategy[Any]
+) -> Message:
+    """A prompt with less than ``max_tokens`` of output after it."""
+    tokens, params = draw(token_ids), draw(sampling)
+    least = max(0, len(tokens) - params.max_tokens + 1)
+    return kind(
+        request_id=draw(names),
+        token_ids=tokens,
+        num_prompt_tokens=draw(st.integers(least, len(tokens))),
+        sampling=params,
+        timeout=draw(seconds),
+        **{name: draw(strategy) for name, strategy in fields.items()},
+    )
+
+
 STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     messages.Register: st.builds(
         messages.Register,
         epoch=counts,
+        session=counts,
         pid=counts,
         vocab_size=counts,
         max_model_len=counts,
@@ -62,25 +82,26 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         load=loads,
     ),
     messages.Registered: st.builds(messages.Registered, heartbeat_interval=seconds),
+    messages.RegistrationRefused: st.builds(messages.RegistrationRefused),
     messages.RegisterAgain: st.builds(messages.RegisterAgain),
+    messages.RouterHeartbeat: st.builds(messages.RouterHeartbeat),
     messages.Heartbeat: st.builds(messages.Heartbeat, epoch=counts, load=loads),
-    messages.Leaving: st.builds(messages.Leaving, epoch=counts),
-    messages.PrefillRequest: st.builds(
-        PrefillRequest, token_ids=token_ids, sampling=sampling, decode=peers, timeout=seconds
-    ),
+    messages.Leaving: st.builds(messages.Leaving),
+    messages.Left: st.builds(messages.Left),
+    messages.Drain: st.builds(messages.Drain),
+    messages.PrefillRequest: continuations(PrefillRequest, decode=peers),
     messages.FirstToken: st.builds(
-        messages.FirstToken, token_id=uint32, finish_reason=reasons, num_cached_tokens=counts
+        messages.FirstToken,
+        index=counts,
+        token_id=uint32,
+        finish_reason=reasons,
+        num_cached_tokens=counts,
     ),
     messages.Tokens: st.builds(messages.Tokens, updates=st.lists(updates, max_size=3)),
     messages.RequestFailed: st.builds(messages.RequestFailed),
     messages.Cancel: st.builds(messages.Cancel),
-    messages.GrantRequest: st.builds(
-        messages.GrantRequest,
-        epoch=counts,
-        token_ids=token_ids,
-        sampling=sampling,
-        fingerprint=fingerprints,
-        timeout=seconds,
+    messages.GrantRequest: continuations(
+        messages.GrantRequest, router_id=names, epoch=counts, fingerprint=fingerprints
     ),
     messages.Grant: st.builds(
         messages.Grant,
@@ -186,6 +207,13 @@ def test_token_ids_that_are_not_whole_are_refused() -> None:
         decode([b"PrefillRequest", msgpack.packb(prompt)])
 
 
+@pytest.mark.parametrize("num_prompt_tokens", [4, 2, -1])
+def test_a_request_with_nothing_to_generate_is_refused(num_prompt_tokens: int) -> None:
+    message = {**_prefill_request([1, 2, 3]).model_dump(), "num_prompt_tokens": num_prompt_tokens}
+    with pytest.raises(ProtocolError, match=f"prompt of {num_prompt_tokens}"):
+        decode([b"PrefillRequest", msgpack.packb(message)])
+
+
 def test_token_ids_travel_as_four_bytes_each() -> None:
     long = _prefill_request([2**32 - 1] * 1000)
     assert len(encode(long)[1]) - len(encode(_prefill_request([]))[1]) < 4010
@@ -197,6 +225,7 @@ def _prefill_request(token_ids: list[int]) -> PrefillRequest:
     return PrefillRequest(
         request_id="r",
         token_ids=token_ids,
+        num_prompt_tokens=len(token_ids),
         sampling=SamplingParams(max_tokens=1),
         decode=messages.PeerAddress(worker_id="d", epoch=1, control="c", data=b""),
         timeout=1.0,

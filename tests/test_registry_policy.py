@@ -15,11 +15,12 @@ GEOMETRY = KVGeometry(num_kv_heads=1, num_layers=1, block_size=4, head_dim=4, dt
 
 
 def registration(
-    worker_id: str, role: Role = "prefill", epoch: int = 1, weights: str = "00"
+    worker_id: str, role: Role = "prefill", epoch: int = 1, weights: str = "00", session: int = 0
 ) -> Register:
     return Register(
         worker_id=worker_id,
         epoch=epoch,
+        session=session,
         role=role,
         model="m",
         fingerprint=Fingerprint(weights_digest=weights, rope="none", geometry=GEOMETRY),
@@ -52,11 +53,12 @@ def test_a_repeated_registration_keeps_what_the_worker_holds() -> None:
     assert worker.last_seen == 1.0
 
 
-def test_a_new_epoch_replaces_the_worker_and_its_state() -> None:
+@pytest.mark.parametrize("news", [{"epoch": 2}, {"session": 1}])
+def test_a_new_epoch_or_session_replaces_the_worker_and_its_state(news: dict[str, int]) -> None:
     registry = Registry(TIMEOUT)
     old = join(registry, registration("p"))
     old.assigned["r"] = 5
-    assert registry.register(b"p", registration("p", epoch=2), 1.0) == [old]
+    assert registry.register(b"p", registration("p", **news), 1.0) == [old]
     new = registry.get(b"p")
     assert new is not None
     assert new.assigned == {}
@@ -88,6 +90,16 @@ def test_heartbeats_keep_alive_and_silence_loses() -> None:
     assert registry.expire(now=2.1 + TIMEOUT) == [worker]
     assert registry.expire(now=99.0) == []
     assert registry.all() == []
+
+
+def test_a_pause_of_the_router_itself_is_nobodys_silence() -> None:
+    registry = Registry(TIMEOUT)
+    worker = join(registry, registration("p"))
+    assert registry.expire(now=1.0) == []
+    assert registry.expire(now=100.0) == []  # heartbeats may be waiting to be read
+    for now in (101.0, 102.0):
+        assert registry.expire(now) == []
+    assert registry.expire(now=103.5) == [worker]
 
 
 def test_heartbeats_of_strangers_and_of_former_epochs_do_not_count() -> None:
@@ -141,6 +153,16 @@ def test_equally_busy_decode_workers_are_told_apart_by_their_blocks() -> None:
         worker = join(registry, registration(name, "decode"))
         worker.load = WorkerLoad(total_blocks=9, free_blocks=free)
     assert choose_pair(registry).decode.worker_id == "d1"
+
+
+def test_avoided_workers_are_taken_only_where_there_are_no_others() -> None:
+    registry = Registry(TIMEOUT)
+    for name in ("p0", "p1"):
+        join(registry, registration(name))
+    join(registry, registration("d", "decode"))
+    for avoid, chosen in (({"p0"}, "p1"), ({"p1", "d"}, "p0"), ({"p0", "p1", "d"}, "p0")):
+        pair = choose_pair(registry, avoid)
+        assert (pair.prefill.worker_id, pair.decode.worker_id) == (chosen, "d")
 
 
 def test_a_pair_must_fit_together() -> None:

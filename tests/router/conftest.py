@@ -18,6 +18,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from protocol.errors import WorkerNotFoundError
 from router.app import RouterSettings, create_app
 from router.generation import GenerationRequest, TokenChunk
 from router.http_protocol import BoundedHttpProtocol
@@ -61,6 +62,11 @@ class ScriptedGenerator:
 
     def workers(self) -> list[dict[str, Any]]:
         return [{"id": "p", "role": "prefill"}]
+
+    def drain(self, worker_id: str) -> dict[str, Any]:
+        if worker_id != "p":
+            raise WorkerNotFoundError(f"no worker {worker_id!r} is registered")
+        return {"id": "p", "state": "leaving"}
 
     def not_ready_reason(self) -> str | None:
         return self.reason

@@ -315,6 +315,15 @@ def test_models_and_health(client: openai.OpenAI, router: Router) -> None:
     }
 
 
+def test_drain_names_the_worker_or_that_there_is_none(router: Router) -> None:
+    answer = router.post("/admin/workers/p/drain")
+    assert (answer.status_code, answer.json()["state"]) == (200, "leaving")
+    answer = router.post("/admin/workers/a%2Fb/drain")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "worker_not_found"
+    assert "'a/b'" in answer.json()["error"]["message"]
+
+
 def test_without_workers(router: Router) -> None:
     router.generator.max_model_len = 0
     router.generator.reason = "no prefill worker"
@@ -353,5 +362,6 @@ def test_an_api_key_is_required(start: Callable[..., Router]) -> None:
     key = {"Authorization": "Bearer s3cret-ü".encode()}
     assert httpx.get(router.url + "/v1/models", headers=key).status_code == 200
     assert router.post("/v1/completions", prompt="x").status_code == 401
+    assert router.post("/admin/workers/p/drain").status_code == 401
     for path in ("/health", "/ready", "/metrics"):
         assert httpx.get(router.url + path).status_code == 200

@@ -1,0 +1,36 @@
+"""When a grant request or a hand-off is refused, and in which words. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine.block_pool import BlockPool
+from protocol.errors import ContextLengthError, KvferryError, ProtocolError, WorkerLostError
+from protocol.geometry import Fingerprint
+from protocol.messages import GrantRequest
+
+
+def objection(
+    request: GrantRequest, pool: BlockPool, fingerprint: Fingerprint, epoch: int
+) -> KvferryError | None:
+    """Why this worker, of this ``epoch``, can never take the request; None if it can."""
+    if request.epoch != epoch:
+        return WorkerLostError(f"epoch: {epoch} here, {request.epoch} asked for")
+    difference = fingerprint.difference(request.fingerprint)
+    if difference is not None:
+        return ProtocolError(f"the workers' KV does not fit: {difference}")
+    # A sequence alone in the pool must be able to reach its end; its last token needs no KV.
+    most_tokens = request.num_prompt_tokens + request.sampling.max_tokens - 1
+    needed = pool.blocks_for(most_tokens)
+    if needed > pool.num_blocks:
+        message = f"needs {needed} KV blocks, the decode pool has {pool.num_blocks}"
+        return ContextLengthError(message)
+    return None
+
+
+def disagreement(terms: Iterable[tuple[str, object, object]]) -> ProtocolError | None:
+    """The first (name, expected, found) of a hand-off in which the two differ, as an error."""
+    for name, expected, found in terms:
+        if expected != found:
+            return ProtocolError(f"hand-off refused: {name} is {found!r}, expected {expected!r}")
+    return None

@@ -1,0 +1,112 @@
+"""How workers join, leave and are found dead: the router's side of the links, without requests.
+
+A worker is lost when its connection is gone, which a killed process shows at the next heartbeat
+sent to it, or when nothing has been heard of it for ``SILENCE`` (a frozen one, or one whose host
+is gone). It may come back at any time: nothing about a lost worker is remembered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from protocol.errors import WorkerNotFoundError
+from protocol.link import Server
+from protocol.messages import (
+    Drain,
+    Heartbeat,
+    Leaving,
+    Left,
+    Register,
+    RegisterAgain,
+    Registered,
+    RegistrationRefused,
+    RouterHeartbeat,
+)
+from router.registry import Registry, Worker
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_INTERVAL = 0.25  # seconds, in both directions
+SILENCE = 2.0  # seconds
+
+MembershipMessage = Register | Heartbeat | Leaving | Left
+
+
+class Membership:
+    """Keeps ``registry`` true. ``on_lost(worker, left)`` hears of every worker that goes.
+
+    ``left`` is whether it announced its going.
+    """
+
+    def __init__(
+        self, link: Server, router_id: str, on_lost: Callable[[Worker, bool], None]
+    ) -> None:
+        self.registry = Registry(SILENCE)
+        self._link = link
+        self._router_id = router_id
+        self._on_lost = on_lost
+
+    def handle(self, peer: bytes, message: MembershipMessage) -> None:
+        """Take a worker's message about itself."""
+        now = time.monotonic()
+        match message:
+            case Register():
+                self._register(peer, message, now)
+            case Heartbeat():
+                if not self.registry.heartbeat(peer, message, now):
+                    self._link.send(peer, RegisterAgain())
+            case Leaving():
+                self.registry.leave(peer)
+            case Left():
+                worker = self.registry.remove(peer)
+                if worker is not None:
+                    log.info("worker %s left", worker.worker_id)
+                    self._on_lost(worker, True)
+
+    def drain(self, worker_id: str) -> Worker:
+        """Ask a worker to leave. Raises WorkerNotFoundError."""
+        worker = self.registry.named(worker_id)
+        if worker is None:
+            raise WorkerNotFoundError(f"no worker {worker_id!r} is registered")
+        self.registry.leave(worker.peer)
+        self._link.send(worker.peer, Drain())
+        return worker
+
+    def lose(self, worker: Worker, reason: str) -> None:
+        """Take a worker for dead."""
+        if self.registry.get(worker.peer) is worker:
+            self.registry.remove(worker.peer)
+            self._report(worker, reason)
+
+    async def run(self) -> None:
+        """Watch over the workers until cancelled."""
+        while True:
+            for worker in self.registry.all():
+                if not self._link.send(worker.peer, RouterHeartbeat()):
+                    self.lose(worker, "its connection is gone")
+            for worker in self.registry.expire(time.monotonic()):
+                self._report(worker, f"silent for {SILENCE:g} s")
+            await asyncio.sleep(HEARTBEAT_INTERVAL)
+
+    def _register(self, peer: bytes, info: Register, now: float) -> None:
+        rival = self.registry.named(info.worker_id)
+        if rival is not None and rival.info.epoch != info.epoch:
+            if self._link.send(rival.peer, RouterHeartbeat()):
+                other = f"pid {rival.info.pid} on {rival.info.host}"
+                reason = f"another worker is registered as {info.worker_id}: {other}"
+                self._link.send(peer, RegistrationRefused(reason=reason))
+                return
+            self.lose(rival, "its connection is gone")
+        replaced = self.registry.register(peer, info, now)
+        log.info("worker %s joined as %s", info.worker_id, info.role)
+        for worker in replaced:
+            self._report(worker, "it dropped its work")
+        answer = Registered(router_id=self._router_id, heartbeat_interval=HEARTBEAT_INTERVAL)
+        self._link.send(peer, answer)
+
+    def _report(self, worker: Worker, reason: str) -> None:
+        log.warning("worker %s lost: %s", worker.worker_id, reason)
+        self._on_lost(worker, False)

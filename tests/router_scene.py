@@ -1,0 +1,155 @@
+"""A dispatcher on a link that only keeps what is sent, and the messages of its workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import cast
+
+from prometheus_client import CollectorRegistry
+
+from protocol.errors import KvferryError
+from protocol.geometry import Fingerprint, KVGeometry
+from protocol.link import Server
+from protocol.messages import (
+    FirstToken,
+    Heartbeat,
+    Message,
+    Register,
+    Role,
+    Tokens,
+    TokenUpdate,
+    WorkerLoad,
+)
+from protocol.sampling import SamplingParams
+from router.dispatch import Dispatcher, _Running
+from router.generation import GenerationRequest, TokenChunk
+
+SOON = 20.0  # seconds, generous
+REQUEST = GenerationRequest("r", [1, 2, 3], SamplingParams(max_tokens=9))
+
+
+class Wire:
+    """A link that keeps what is sent. Messages to ``gone`` peers are refused."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, Message]] = []
+        self.gone: set[bytes] = set()
+
+    def send(self, peer: bytes, message: Message) -> bool:
+        if peer not in self.gone:
+            self.sent.append((peer, message))
+        return peer not in self.gone
+
+    async def receive(self) -> tuple[bytes, Message]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    def to(self, peer: str, kind: type[Message]) -> list[Message]:
+        return [m for to, m in self.sent if to == peer.encode() and isinstance(m, kind)]
+
+
+def registration(worker_id: str, epoch: int = 1, session: int = 0) -> Register:
+    role: Role = "prefill" if worker_id.startswith("p") else "decode"
+    geometry = KVGeometry(num_kv_heads=1, num_layers=1, block_size=4, head_dim=4, dtype="float32")
+    return Register(
+        worker_id=worker_id,
+        epoch=epoch,
+        session=session,
+        role=role,
+        model="m",
+        fingerprint=Fingerprint(weights_digest="00", rope="none", geometry=geometry),
+        vocab_size=10,
+        max_model_len=100,
+        pid=1,
+        host="h",
+        control="c",
+        data=b"",
+        transport="t",
+        metrics="",
+        load=WorkerLoad(),
+    )
+
+
+def first(attempt: int, index: int, token_id: int) -> FirstToken:
+    return FirstToken(
+        request_id=f"r#{attempt}",
+        index=index,
+        token_id=token_id,
+        finish_reason=None,
+        num_cached_tokens=0,
+    )
+
+
+def tokens(attempt: int, index: int, *token_ids: int, last: bool = False) -> Tokens:
+    update = TokenUpdate(
+        request_id=f"r#{attempt}",
+        index=index,
+        token_ids=list(token_ids),
+        finish_reason="length" if last else None,
+    )
+    return Tokens(updates=[update])
+
+
+class Scene:
+    """A dispatcher with workers of one letter and a digit each, and one request."""
+
+    def __init__(self, *workers: str, max_retries: int = 3) -> None:
+        self.wire = Wire()
+        self.metrics = CollectorRegistry()
+        self.dispatcher = Dispatcher(
+            cast("Server", self.wire), self.metrics, max_retries=max_retries
+        )
+        for worker in workers:
+            self.say(worker, registration(worker))
+
+    def say(self, worker: str, message: Message) -> None:
+        self.dispatcher._receive_one(worker.encode(), message)
+
+    def dispatch(self) -> _Running:
+        return self.dispatcher._dispatch(REQUEST)
+
+    def ids(self) -> set[str]:
+        return {row["id"] for row in self.dispatcher.workers()}
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.metrics.get_sample_value(f"kvferry_{name}_total", labels) or 0.0
+
+
+def output(running: _Running) -> list[int]:
+    """The tokens delivered so far."""
+    token_ids: list[int] = []
+    while not running.output.empty():
+        item = running.output.get_nowait()
+        assert isinstance(item, TokenChunk)
+        token_ids += item.token_ids
+    return token_ids
+
+
+@asynccontextmanager
+async def serving(scene: Scene) -> AsyncIterator[None]:
+    task = asyncio.create_task(scene.dispatcher.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(scene: Scene, condition: Callable[[], bool], *alive: str) -> None:
+    """Wait for the condition, with heartbeats of the workers that are ``alive``."""
+    async with asyncio.timeout(SOON):
+        while True:
+            for worker in alive:
+                scene.say(worker, Heartbeat(epoch=1, load=WorkerLoad()))
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+
+
+async def error_of(running: _Running) -> KvferryError:
+    while True:
+        item = await asyncio.wait_for(running.output.get(), SOON)
+        if isinstance(item, KvferryError):
+            return item

@@ -1,0 +1,63 @@
+"""What a decode worker does with sequences it runs when nobody cancels them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from decode.admission_events import Admit
+from decode.scheduler import DecodeScheduler
+from decode.worker import DecodeWorker
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence
+from protocol.messages import Message, RequestFailed
+from protocol.sampling import SamplingParams
+from tests.handoff_simulation import FINGERPRINT
+
+
+@pytest.fixture
+async def running() -> tuple[DecodeWorker, BlockPool, list[tuple[str, Message]]]:
+    """A worker with two sequences: router a's ends at time 5, router b's at 9."""
+    pool = BlockPool(8, 4)
+    sent: list[tuple[str, Message]] = []
+    worker = DecodeWorker(
+        cast("Any", None),
+        cast("Any", None),
+        DecodeScheduler(pool, max_num_seqs=4, max_num_batched_tokens=8),
+        FINGERPRINT,
+        epoch=1,
+        peers=cast("Any", None),
+        send=lambda router_id, message: sent.append((router_id, message)),
+    )
+    for router_id, deadline in (("a", 5.0), ("b", 9.0)):
+        sequence = Sequence(f"of-{router_id}", [1, 2, 3, 4, 5], 4, SamplingParams(max_tokens=9))
+        assert pool.reserve(sequence, 0)
+        worker._do(Admit(sequence, router_id, deadline))
+    return worker, pool, sent
+
+
+Running = tuple[DecodeWorker, BlockPool, list[tuple[str, Message]]]
+
+
+async def test_a_sequence_ends_at_its_deadline_and_its_router_hears_of_it(running: Running) -> None:
+    worker, pool, sent = running
+    worker._expire(4.9)
+    assert (pool.num_used, sent) == (4, [])
+    worker._expire(5.0)
+    assert pool.num_used == 2
+    [(router_id, failed)] = sent
+    assert isinstance(failed, RequestFailed)
+    assert (router_id, failed.request_id, failed.code) == ("a", "of-a", "deadline_exceeded")
+    assert not worker.idle
+    worker._expire(9.0)
+    assert worker.idle
+
+
+async def test_a_lost_routers_sequences_end_and_the_others_go_on(running: Running) -> None:
+    worker, pool, sent = running
+    worker.drop_router("b")
+    assert (pool.num_used, sent) == (2, [])
+    worker.drop_router("a")
+    assert worker.idle
+    assert pool.num_used == 0

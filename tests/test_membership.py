@@ -1,0 +1,96 @@
+"""How the router finds its workers present, absent, twice there, or on their way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from protocol.errors import UnavailableError, WorkerNotFoundError
+from protocol.messages import (
+    Drain,
+    Heartbeat,
+    Leaving,
+    PrefillRequest,
+    RegisterAgain,
+    Registered,
+    RegistrationRefused,
+    WorkerLoad,
+)
+from router import membership
+from tests.router_scene import Scene, first, output, registration, serving, tokens, until
+
+
+def test_a_second_worker_with_the_same_id_is_refused_while_the_first_is_connected() -> None:
+    scene = Scene("p0")
+    scene.say("p0-again", registration("p0", epoch=2))
+    [refused] = scene.wire.to("p0-again", RegistrationRefused)
+    assert isinstance(refused, RegistrationRefused)
+    assert "pid 1 on h" in refused.reason
+    assert [row["epoch"] for row in scene.dispatcher.workers()] == [1]
+    scene.wire.gone.add(b"p0")
+    scene.say("p0-again", registration("p0", epoch=2))
+    assert scene.wire.to("p0-again", Registered)
+    assert [row["epoch"] for row in scene.dispatcher.workers()] == [2]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_starts_again_takes_no_part_in_what_it_held(role: str) -> None:
+    scene = Scene("p0", "p1", "d0", "d1")
+    scene.dispatch()
+    worker = role[0] + "0"
+    scene.wire.gone.add(worker.encode())
+    scene.say(f"{worker}-again", registration(worker, epoch=2))
+    asked = [m for _, m in scene.wire.sent if isinstance(m, PrefillRequest)]
+    assert [m.request_id for m in asked] == ["r#1", "r#2"]
+    assert scene.count("request_retries", reason=f"{role}_lost") == 1
+
+
+def test_a_worker_that_dropped_its_work_registers_anew_and_its_requests_go_on() -> None:
+    scene = Scene("p0", "d0")
+    scene.dispatch()
+    scene.say("p0", registration("p0"))  # a repetition changes nothing
+    assert len(scene.wire.to("p0", PrefillRequest)) == 1
+    scene.say("p0", registration("p0", session=1))
+    assert len(scene.wire.to("p0", PrefillRequest)) == 2
+
+
+async def test_a_connection_that_is_gone_is_noticed_without_any_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(membership, "SILENCE", 1e9)
+    scene = Scene("p0", "d0")
+    async with serving(scene):
+        scene.wire.gone.add(b"p0")
+        await until(scene, lambda: scene.ids() == {"d0"})
+
+
+async def test_silence_loses_a_worker_that_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "SILENCE", 0.3)
+    monkeypatch.setattr(membership, "HEARTBEAT_INTERVAL", 0.05)
+    scene = Scene("p0", "d0")
+    async with serving(scene):
+        await until(scene, lambda: scene.ids() == {"d0"}, "d0")
+        scene.say("p0", Heartbeat(epoch=1, load=WorkerLoad()))
+        assert scene.wire.to("p0", RegisterAgain)
+        scene.say("p0", registration("p0", session=1))
+        assert scene.ids() == {"d0", "p0"}
+
+
+def test_drain_asks_the_worker_and_gives_it_nothing_new() -> None:
+    scene = Scene("p0", "p1", "d0")
+    assert scene.dispatcher.drain("p0")["state"] == "leaving"
+    assert scene.wire.to("p0", Drain) == [Drain()]
+    scene.dispatch()
+    assert not scene.wire.to("p0", PrefillRequest)
+    with pytest.raises(WorkerNotFoundError, match="p9"):
+        scene.dispatcher.drain("p9")
+
+
+def test_a_leaving_worker_ends_what_it_has_and_takes_nothing_new() -> None:
+    scene = Scene("p0", "d0")
+    running = scene.dispatch()
+    scene.say("d0", Leaving())
+    scene.say("p0", first(1, 0, 7))
+    scene.say("d0", tokens(1, 1, 8))
+    assert output(running) == [7, 8]
+    with pytest.raises(UnavailableError, match="no decode worker"):
+        scene.dispatch()

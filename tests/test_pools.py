@@ -1,0 +1,22 @@
+"""``kvferry pools``: what it says when it cannot do what it is asked."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from tests.stack import free_port
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "words"),
+    [
+        (f"http://127.0.0.1:{free_port()}", 1, "Connection refused"),
+        ("file:///etc/passwd", 2, "no http address"),
+    ],
+)
+def test_drain_says_what_is_wrong_with_the_url(url: str, status: int, words: str) -> None:
+    answer = CliRunner().invoke(app, ["pools", "drain", "p", "--url", url])
+    assert answer.exit_code == status
+    assert words in answer.output
