@@ -2,7 +2,7 @@
 
     python -m bench.models FOLDER
 
-Qwen3's architecture with about 0.6 B parameters in bfloat16: 28 layers of hidden size 1024, 16
+Qwen3's architecture with about 0.47 B parameters in bfloat16: 28 layers of hidden size 1024, 16
 query and 8 KV heads of 128, tied embeddings. The tokenizer's words are the numbers of its tokens.
 """
 
@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import Whitespace
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
-    "vocab_size": 151_936,
+    "vocab_size": 32_000,
     "hidden_size": 1024,
     "intermediate_size": 3072,
     "num_hidden_layers": 28,

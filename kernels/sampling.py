@@ -71,15 +71,17 @@ def sample_tokens_torch(logits: Tensor, meta: SamplingMetadata) -> Tensor:
 
 
 def _draw(logits: Tensor, meta: SamplingMetadata) -> Tensor:
-    """Of rows with a temperature: int64 [rows]."""
+    """Of rows with a temperature: int64 [rows]. ``logits`` is changed."""
     lowest = _lowest_kept(logits, meta)
-    scores = logits / meta.temperature.unsqueeze(1)
-    scores += gumbel_noise(meta.seeds, meta.positions, logits.shape[-1])
-    return scores.masked_fill_(logits < lowest, -math.inf).argmax(dim=-1)
+    if lowest is not None:
+        logits.masked_fill_(logits < lowest, -math.inf)
+    logits /= meta.temperature.unsqueeze(1)
+    logits += gumbel_noise(meta.seeds, meta.positions, logits.shape[-1])
+    return logits.argmax(dim=-1)
 
 
-def _lowest_kept(logits: Tensor, meta: SamplingMetadata) -> Tensor:
-    """The lowest logit that each row's filters keep, [rows, 1]."""
+def _lowest_kept(logits: Tensor, meta: SamplingMetadata) -> Tensor | None:
+    """The lowest logit that each row's filters keep, [rows, 1]; None when no row filters."""
     lowest = torch.full_like(logits[:, :1], -math.inf)
     temperature = meta.temperature.unsqueeze(1)
     narrow = _where(meta.top_k < logits.shape[-1])
@@ -94,6 +96,8 @@ def _lowest_kept(logits: Tensor, meta: SamplingMetadata) -> Tensor:
     if (meta.min_p > 0).any():
         ratio = meta.min_p.log().unsqueeze(1)  # log 0 is -inf: keeps all
         lowest = torch.maximum(lowest, logits.amax(-1, keepdim=True) + temperature * ratio)
+    elif not len(narrow) and not len(nucleus):
+        return None
     return lowest
 
 

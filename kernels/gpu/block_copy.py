@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.digest import GROUP, group_weights, in_group_weights
 from kernels.gpu.language import Pointer, kernel
-from kernels.gpu.splitmix import INCREMENT, mix
 
-GROUP = tl.constexpr(256)  # lanes
 GROUPS = 8  # of a program
 
 
@@ -48,10 +47,8 @@ def block_copy_kernel(
         if INDIRECT_TARGET:
             end = tl.load(target_ids + index)
         tl.store(target + end * N + lanes, values, mask=inside)
-    lane_weights = mix((in_group + 1).to(tl.uint64) * INCREMENT) | 1
-    group_weights = mix((groups + GROUP + 1).to(tl.uint64) * INCREMENT) | 1
-    group_sums = tl.sum(values.to(tl.uint64) * lane_weights[None, :], axis=1)
-    total = tl.sum(group_sums * group_weights, axis=0)
+    group_sums = tl.sum(values.to(tl.uint64) * in_group_weights(in_group)[None, :], axis=1)
+    total = tl.sum(group_sums * group_weights(groups), axis=0)
     tl.store(sums + index * tl.num_programs(1) + part, total.to(tl.int64))
 
 

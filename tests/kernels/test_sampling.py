@@ -18,9 +18,9 @@ from kernels.gumbel import gumbel_noise
 from kernels.sampling import SamplingMetadata, sample_tokens_torch
 from tests.kernels.implementation import INTERPRETED, sample_tokens
 
-VOCAB, POSITION = 12, 5
+VOCAB, POSITION = 7, 5
 LEAD = 6.0  # above the differences between logits of the tests that look at what is kept
-CASES = 4 if INTERPRETED else 75  # for each temperature
+CASES = 3 if INTERPRETED else 75  # for each temperature
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def _several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         from kernels.gpu import sampling as gpu_sampling
 
-        monkeypatch.setattr(gpu_sampling, "TILE", 8)
+        monkeypatch.setattr(gpu_sampling, "TILE", 4)
 
 
 def metadata(
@@ -46,7 +46,7 @@ def metadata(
         top_p=torch.full((rows,), top_p),
         min_p=torch.full((rows,), min_p),
         top_k=torch.full((rows,), top_k, dtype=torch.int64),
-        seeds=torch.tensor(list(seeds or range(rows))),
+        seeds=torch.tensor(list(seeds or range(rows)), dtype=torch.int64),
         positions=torch.full((rows,), POSITION),
     )
 
@@ -93,7 +93,7 @@ def test_filters_keep_exactly_what_their_definitions_say_ties_included(power: in
     rng = random.Random(power)
     for _ in range(CASES):
         weights = [rng.choice([1, 2, 3, 5, 8, 13]) for _ in range(VOCAB)]
-        top_k = rng.choice([1, 3, 6, 11, 12, 40])
+        top_k = rng.choice([1, 2, 4, 6, 7, 40])
         # Off every sum of weights, where float and exact arithmetic may differ.
         top_p = rng.choice([Fraction(1), Fraction(rng.randrange(1, 100_003), 100_003)])
         min_p = rng.choice([Fraction(0), Fraction(rng.randrange(1, 1000), 1009)])
@@ -109,30 +109,29 @@ def test_filters_keep_exactly_what_their_definitions_say_ties_included(power: in
 
 
 def test_forbidden_tokens_are_never_kept() -> None:
-    logits = [-math.inf, 1.0, -math.inf, *[0.0] * 8, -math.inf]
-    allowed = set(range(1, VOCAB - 1)) - {2}
-    assert support(logits, top_k=11) == allowed
-    assert support(logits, top_k=11, top_p=0.999, min_p=1e-4) == allowed
+    logits = [-math.inf, 1.0, -math.inf, 0.0, 0.0, 0.0, -math.inf]
+    assert support(logits, top_k=6) == {1, 3, 4, 5}
+    assert support(logits, top_k=6, top_p=0.999, min_p=1e-4) == {1, 3, 4, 5}
     assert support(logits, top_k=1) == {1}
 
 
 def test_zeros_of_both_signs_are_equal() -> None:
-    logits = [-1.0, 0.0, -0.0, *[-2.0] * 9]
+    logits = [-1.0, 0.0, -0.0, *[-2.0] * 4]
     assert support(logits, top_k=1) == support(logits, min_p=1.0) == {1, 2}
     assert support(logits, top_p=0.01) == {1, 2}
 
 
 def test_an_extreme_top_p_keeps_the_most_probable() -> None:
-    assert support([3.0, *[0.0] * 11], top_p=1e-50) == {0}
+    assert support([3.0, *[0.0] * 6], top_p=1e-50) == {0}
 
 
 @pytest.mark.usefixtures("_several_tiles")
 def test_without_a_temperature_the_first_of_the_most_probable() -> None:
     logits = torch.zeros(4, VOCAB)
-    logits[1, [10, 11]], logits[2, [3, 9]], logits[3, 11] = 1.0, 2.0, -1.0
+    logits[1, [5, 6]], logits[2, [3, 4]], logits[3, 6] = 1.0, 2.0, -1.0
     chosen = sample_tokens(logits, metadata(4, temperature=0.0, top_k=1, min_p=0.5))
     assert chosen.dtype == torch.int64
-    assert chosen.tolist() == [0, 10, 3, 0]
+    assert chosen.tolist() == [0, 5, 3, 0]
 
 
 def test_rows_keep_apart() -> None:
