@@ -33,6 +33,7 @@ from engine.weights import (
     pack_weights,
 )
 from kernels.linear import Weight
+from kernels.shared_memory import shared_zeros
 from protocol.errors import ConfigError
 from protocol.geometry import Fingerprint, KVDtype, KVGeometry
 
@@ -249,6 +250,8 @@ def _workspace(
 def _arena(geometry: KVGeometry, num_blocks: int, device: torch.device) -> Tensor:
     shape = (num_blocks, *geometry.row_shape)
     try:
+        if device.type == "cpu":
+            return shared_zeros(shape, _TORCH_DTYPES[geometry.dtype])
         return torch.zeros(shape, dtype=_TORCH_DTYPES[geometry.dtype], device=device)
     except RuntimeError as error:  # torch's out of memory, on a GPU or a CPU
         size = size_text(num_blocks * geometry.row_bytes)

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.attention_metadata import AttentionMetadata
 from kernels.backend import use_triton
 from kernels.cpu import library
-from kernels.cpu.decode_attention import MAX_HEAD_DIM, decode_attention_native
+from kernels.cpu.decode_attention import decode_attention_native
 
 
 def decode_attention(
@@ -28,7 +28,7 @@ def decode_attention(
 
         return decode_attention_triton(q, kv, meta, scale=scale, window=window)
     native = library.load()
-    if native is not None and q.shape[2] <= MAX_HEAD_DIM:
+    if native is not None and q.shape[2] <= library.MAX_HEAD_DIM:
         return decode_attention_native(native, q, kv, meta, scale=scale, window=window)
     return decode_attention_torch(q, kv, meta, scale=scale, window=window)
 

@@ -26,7 +26,7 @@ from kernels.cpu.linear import linear_bf16_native, linear_int8_native
 from kernels.cpu.memory import on_huge_pages
 
 PANEL = 32  # outputs
-CHUNK = 1 << 22  # elements packed at a time
+CHUNK = 1 << 20  # elements converted at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,14 +144,14 @@ def _panels(weight: Tensor, word: int) -> Tensor:
     missing = -outputs % PANEL
     if missing:
         weight = F.pad(weight, (0, 0, 0, missing))
-    count = len(weight) // PANEL
-    rows = weight.view(count, PANEL, inputs // word, word)
-    panels = weight.view(count, inputs // word, PANEL, word)
-    step = max(1, CHUNK // (PANEL * inputs))
+    count, words = len(weight) // PANEL, inputs // word
+    rows = weight.view(torch.int32).view(count, PANEL, words)
+    panels = rows.view(count, words, PANEL)
+    step = max(1, CHUNK // (PANEL * words))
     for start in range(0, count, step):
         part = slice(start, start + step)
         panels[part] = rows[part].clone().transpose(1, 2)  # both are one memory
-    return panels
+    return panels.view(weight.dtype).view(count, words, PANEL, word)
 
 
 def _rows(panels: Tensor) -> Tensor:

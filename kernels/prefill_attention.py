@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.attention_metadata import AttentionMetadata
 from kernels.backend import use_triton
 from kernels.cpu import library
-from kernels.cpu.prefill_attention import MAX_HEAD_DIM, prefill_attention_native
+from kernels.cpu.prefill_attention import prefill_attention_native
 
 
 def prefill_attention(
@@ -28,7 +28,7 @@ def prefill_attention(
 
         return prefill_attention_triton(q, kv, meta, scale=scale, window=window)
     native = library.load_for_products()
-    if native is not None and q.dtype == torch.bfloat16 and q.shape[2] <= MAX_HEAD_DIM:
+    if native is not None and q.dtype == torch.bfloat16 and q.shape[2] <= library.MAX_HEAD_DIM:
         return prefill_attention_native(native, q, kv, meta, scale=scale, window=window)
     return prefill_attention_torch(q, kv, meta, scale=scale, window=window)
 

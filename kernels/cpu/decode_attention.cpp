@@ -14,8 +14,8 @@ namespace {
 
 using namespace kvferry;
 
-constexpr int64_t kSplit = 512;  // tokens
-constexpr size_t kRuns = 4;       // of up to 16 tokens, weighed together
+constexpr int64_t kSplit = 512;       // tokens
+constexpr size_t kRuns = 4;           // of up to 16 tokens, weighed together
 constexpr int64_t kSerial = 1 << 16;  // elements of keys that one thread attends to soonest
 
 // Of one head: scores first, then what they become.

@@ -10,8 +10,6 @@ from torch import Tensor
 from kernels.attention_metadata import AttentionMetadata
 from kernels.cpu.library import DTYPES
 
-MAX_HEAD_DIM = 256
-
 
 def decode_attention_native(
     library: ctypes.CDLL,
@@ -22,7 +20,7 @@ def decode_attention_native(
     scale: float,
     window: int,
 ) -> Tensor:
-    """``kernels.decode_attention.decode_attention`` for heads of at most ``MAX_HEAD_DIM``."""
+    """``kernels.decode_attention.decode_attention``; heads of at most ``MAX_HEAD_DIM``."""
     rows, num_heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype)
     library.decode_attention(

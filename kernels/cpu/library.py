@@ -26,6 +26,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-
 COMPILE_TIMEOUT = 300.0  # seconds
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in vectors.h
+MAX_HEAD_DIM = 256  # kMaxHeadDim in attention.h
 # The functions' arguments: p a pointer or None, i an int64_t, f a float. They return nothing.
 SIGNATURES = {
     "digest_blocks": "ppiip",

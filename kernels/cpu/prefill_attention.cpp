@@ -16,7 +16,7 @@ namespace {
 
 using namespace kvferry;
 
-constexpr int64_t kBlockKeys = 256;  // weighed together; whole panels
+constexpr int64_t kBlockKeys = 256;          // weighed together; whole panels
 constexpr int64_t kTileRows = 4 * kMaxRows;  // query vectors that go through the keys together
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from kernels.attention_metadata import AttentionMetadata
 
-MAX_HEAD_DIM = 256
-
 
 def prefill_attention_native(
     library: ctypes.CDLL,
