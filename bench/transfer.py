@@ -3,7 +3,8 @@
     python bench/transfer.py --repeats 5
 
 Ours is the whole path: from ``send_blocks`` on one transfer thread to ``BlocksReceived`` on the
-other, cutting, staging and the digests of both ends included, and the digests compared. Theirs
+other, cutting, staging and the digests of both ends included, and the digests compared; over UCX,
+and over mapped memory as between workers of one host, which UCX's settings do not touch. Theirs
 is tag_bw between two buffers. Each runs with UCX's own TCP segment sizes and with kvferry's, and
 theirs with and without the peer error handling that ours cannot do without. One repeat runs every
 case once, in turn, so that a busy machine is busy for all of them; figures are medians.
@@ -50,20 +51,22 @@ class Ours:
     num_bytes: int
     row_bytes: int
     scattered: bool
+    transport: str = "ucx"  # or auto, which is mapped memory here
 
     def __str__(self) -> str:
         layout = "scattered" if self.scattered else "adjacent"
-        return f"kvferry, rows of {self.row_bytes >> 10} KiB, {layout}"
+        wire = "" if self.transport == "ucx" else ", mapped memory"
+        return f"kvferry, rows of {self.row_bytes >> 10} KiB, {layout}{wire}"
 
     def measure(self, tls: str, segments: str, transfers: int) -> float:
         """GiB/s."""
         environment = {"UCX_TLS": tls, **SEGMENTS[segments]}
         shape = [str(self.num_bytes), str(self.row_bytes), str(transfers)]
-        order = "scattered" if self.scattered else "adjacent"
-        with _process(["receive", *shape, order], environment) as receiver:
+        shape += ["scattered" if self.scattered else "adjacent", self.transport]
+        with _process(["receive", *shape], environment) as receiver:
             assert receiver.stdout is not None
             address = receiver.stdout.readline().strip()
-            with _process(["send", *shape, order, address], environment) as sender:
+            with _process(["send", *shape, address], environment) as sender:
                 assert sender.stdout is not None
                 sent = json.loads(sender.stdout.readline())
                 received = json.loads(receiver.communicate(timeout=120)[0])
@@ -130,6 +133,9 @@ def compare(
         Ours(size, 128 << 10, scattered=True),
         Ours(size, 1 << 20, scattered=True),
         Ours(size, 8 << 10, scattered=True),
+        Ours(size, 16 << 10, scattered=True, transport="auto"),
+        Ours(size, 128 << 10, scattered=True, transport="auto"),
+        Ours(size, 1 << 20, scattered=True, transport="auto"),
         Theirs(size, error_handling=True),
         Theirs(size, error_handling=False),
     ]
@@ -165,9 +171,9 @@ def compare(
 
 
 @app.command(hidden=True)
-def receive(num_bytes: int, row_bytes: int, transfers: int, order: str) -> None:
+def receive(num_bytes: int, row_bytes: int, transfers: int, order: str, transport: str) -> None:
     """One process of ours: print an address, then receive every grant."""
-    with _worker(num_bytes, row_bytes) as (thread, events):
+    with _worker(num_bytes, row_bytes, transport) as (thread, events):
         blocks = _blocks(num_bytes, row_bytes, order, seed=1)
         for transfer in range(WARM_UP + transfers):
             thread.open_grant(transfer + 1, blocks[transfer % 2])
@@ -182,9 +188,11 @@ def receive(num_bytes: int, row_bytes: int, transfers: int, order: str) -> None:
 
 
 @app.command(hidden=True)
-def send(num_bytes: int, row_bytes: int, transfers: int, order: str, address: str) -> None:
+def send(
+    num_bytes: int, row_bytes: int, transfers: int, order: str, transport: str, address: str
+) -> None:
     """The other process of ours: send every grant, two at a time."""
-    with _worker(num_bytes, row_bytes) as (thread, events):
+    with _worker(num_bytes, row_bytes, transport) as (thread, events):
         source = _blocks(num_bytes, row_bytes, order, seed=0)[0]
         destinations = _blocks(num_bytes, row_bytes, order, seed=1)
 
@@ -216,16 +224,23 @@ def _blocks(num_bytes: int, row_bytes: int, order: str, seed: int) -> tuple[list
 
 
 @contextmanager
-def _worker(num_bytes: int, row_bytes: int) -> Iterator[tuple[object, queue.Queue[object]]]:
+def _worker(
+    num_bytes: int, row_bytes: int, transport: str
+) -> Iterator[tuple[object, queue.Queue[object]]]:
     import torch
 
+    from kernels.shared_memory import shared_zeros
+    from kvtransfer.auto import auto_factory
     from kvtransfer.thread import TransferThread
     from kvtransfer.ucx import UCXTransport
 
     torch.set_num_threads(1)
-    rows = torch.arange(2 * num_bytes // 8, dtype=torch.int64).view(-1, row_bytes // 8)
+    rows = shared_zeros((2 * num_bytes // row_bytes, row_bytes // 8), torch.int64)
+    torch.arange(rows.numel(), out=rows.view(-1))
+    host = "127.0.0.1"
+    factory = UCXTransport.factory(host) if transport == "ucx" else auto_factory(rows, host)
     events: queue.Queue[object] = queue.Queue()
-    thread = TransferThread(rows, UCXTransport.factory("127.0.0.1"), events.put)
+    thread = TransferThread(rows, factory, events.put)
     thread.start()
     yield thread, events
     thread.stop()

@@ -47,6 +47,7 @@ from cli.options import (
     RequireTransport,
     ServedName,
     ThreadsPerWorker,
+    Transport,
 )
 from protocol.errors import ConfigError, KvferryError
 from protocol.messages import Role
@@ -90,6 +91,7 @@ def serve(
     max_num_batched_tokens: MaxBatchedTokens = 512,
     max_num_seqs: MaxNumSeqs = 64,
     enforce_eager: EnforceEager = False,
+    transport: Transport = "auto",
     require_transport: RequireTransport = None,
     drain_timeout: DrainTimeout = 30.0,
     threads_per_worker: ThreadsPerWorker = None,
@@ -132,6 +134,7 @@ def serve(
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             enforce_eager=enforce_eager,
+            transport=transport,
             require_transport=require_transport,
             drain_timeout=drain_timeout,
             profile=profile,
@@ -202,6 +205,7 @@ def worker(
     max_num_batched_tokens: MaxBatchedTokens = 512,
     max_num_seqs: MaxNumSeqs = 64,
     enforce_eager: EnforceEager = False,
+    transport: Transport = "auto",
     require_transport: RequireTransport = None,
     drain_timeout: DrainTimeout = 30.0,
     profile: Profile = None,
@@ -219,6 +223,7 @@ def worker(
         host=host,
         metrics_port=metrics_port,
         cluster_key_file=cluster_key_file,
+        transport=transport,
         require_transport=require_transport,
         drain_timeout=drain_timeout,
         engine=EngineConfig(

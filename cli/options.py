@@ -75,9 +75,13 @@ EnforceEager = Annotated[
     bool, typer.Option("--enforce-eager", help="On a GPU, launch decode steps without CUDA graphs.")
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")]
+Transport = Annotated[
+    Literal["auto", "ucx"],
+    typer.Option(help="How KV travels. auto: over mapped memory to peers on this host, else UCX."),
+]
 RequireTransport = Annotated[
     str | None,
-    typer.Option(help="Refuse to start on another UCX transport, for example rc_mlx5."),
+    typer.Option(help="Refuse to start without a transport, for example rc_mlx5 or memory."),
 ]
 Profile = Annotated[
     Path | None,

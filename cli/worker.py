@@ -11,7 +11,7 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, start_http_server
 
@@ -23,6 +23,7 @@ from decode.worker import DecodeWorker
 from engine.block_pool import BlockPool
 from engine.engine import Engine, EngineConfig
 from engine.thread import EngineThread
+from kvtransfer.auto import auto_factory
 from kvtransfer.events import Died, TransferEvent
 from kvtransfer.thread import TransferThread
 from kvtransfer.ucx import UCXTransport, check_transport
@@ -49,6 +50,7 @@ class WorkerConfig:
     host: str | None = None  # on which peers find this worker
     metrics_port: int = 0  # 0: any free one
     cluster_key_file: Path | None = None
+    transport: Literal["auto", "ucx"] = "auto"  # auto: mapped memory to peers on this host
     require_transport: str | None = None
     drain_timeout: float = 30.0  # seconds that a worker asked to leave takes to end its work
 
@@ -69,9 +71,10 @@ class WorkerProcess:
         self._leave = asyncio.Event()
         self._leave_now = asyncio.Event()
         self._engine = Engine.load(config.engine)
-        self._transfer = TransferThread(
-            self._engine.rows, UCXTransport.factory(self._addresses.host), self._on_transfer
-        )
+        host, rows = self._addresses.host, self._engine.rows
+        auto = config.transport == "auto"
+        factory = auto_factory(rows, host) if auto else UCXTransport.factory(host)
+        self._transfer = TransferThread(rows, factory, self._on_transfer)
         self._transfer.start()
         if config.require_transport:
             check_transport(config.require_transport, self._transfer.description)

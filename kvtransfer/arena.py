@@ -25,11 +25,11 @@ class Arena:
         self.row_bytes = rows.shape[1] * rows.element_size()
         if self.row_bytes == 0 or self.row_bytes % 8:
             raise ValueError(f"a row must be a multiple of 8 bytes, got {self.row_bytes}")
-        self._bytes = _as_bytes(rows)
+        self.bytes = _as_bytes(rows)  # [num_blocks, row_bytes]
 
     def run(self, blocks: Sequence[int]) -> Buffer:
         """The memory of blocks that lie side by side."""
-        return self._bytes[blocks[0] : blocks[0] + len(blocks)].reshape(-1)
+        return self.bytes[blocks[0] : blocks[0] + len(blocks)].reshape(-1)
 
     def digests(self, blocks: Sequence[int]) -> list[int]:
         """A 64-bit checksum of each block."""

@@ -22,6 +22,7 @@ class _Transfer:
 
     done: bool = False
     error: str | None = None
+    digests: None = None
 
     def end(self, error: str | None) -> None:
         """Once only. ``error`` is set first: the other thread looks at ``done``."""
@@ -34,6 +35,7 @@ class _Transfer:
 class _Connection:
     address: bytes
     description: str = "inproc"
+    in_place: bool = False
     closed: bool = False
 
 

@@ -50,7 +50,7 @@ def transfer_metrics(counters: Counters, description: str) -> Iterator[Metric]:
     )
     transport = GaugeMetricFamily(
         "kvferry_kv_transfer_transport_info",
-        "What UCX may use, and what it picked for each connection",
+        "What connections may use, and what each of them uses",
         labels=["peer", "transport"],
     )
     for peer, lanes in {"any": description, **counters.connections}.items():

@@ -37,7 +37,7 @@ from kvtransfer.events import (
     ReceiveFailed,
     TransferEvent,
 )
-from kvtransfer.transport import AnyTransport, Message, Operation
+from kvtransfer.transport import AnyTransport, Buffer, Message, Operation, Rows
 from kvtransfer.wire import Tag, is_run
 
 
@@ -132,7 +132,7 @@ class Receiver:
             self._moved = time.monotonic()
             accepted = True
             tag = Tag.unpack(message.tag)
-            reason = self._objection(tag, message.length)
+            reason = self._objection(tag, message)
             if reason is None:
                 self._receive(message, tag)
             else:
@@ -146,7 +146,7 @@ class Receiver:
         under_way = len(self._receiving) + len(self._refusing) + len(self._landed)
         return under_way < self._config.max_in_flight and self._staging.num_free > 0
 
-    def _objection(self, tag: Tag, length: int) -> str | None:
+    def _objection(self, tag: Tag, message: Message) -> str | None:
         if tag.grant_id not in self._grants:
             self._catch_up()  # the message may have overtaken the call that opens its grant
         grant = self._grants.get(tag.grant_id)
@@ -157,12 +157,13 @@ class Receiver:
         positions = range(tag.first, tag.first + tag.count)
         if not positions or positions.stop > len(grant.blocks):
             return "out_of_range"
-        if length != tag.count * self._arena.row_bytes:
+        if message.length != tag.count * self._arena.row_bytes:
             return "wrong_length"
         if not grant.taken.isdisjoint(positions):
             return "duplicate"
         blocks = grant.blocks[tag.first : positions.stop]
-        if tag.count > self._staging.rows_per_slot and not is_run(blocks):
+        must_be_run = tag.count > self._staging.rows_per_slot and not message.in_place
+        if must_be_run and not is_run(blocks):
             return "not_adjacent"
         return None
 
@@ -170,7 +171,10 @@ class Receiver:
         grant = self._grants[tag.grant_id]
         positions = range(tag.first, tag.first + tag.count)
         blocks, slot = grant.blocks[tag.first : positions.stop], None
-        if is_run(blocks):
+        buffer: Buffer | Rows
+        if message.in_place:
+            buffer = Rows(self._arena.bytes, blocks)
+        elif is_run(blocks):
             buffer = self._arena.run(blocks)
         else:
             slot = self._staging.acquire()
@@ -189,10 +193,11 @@ class Receiver:
         self._counters.messages_received += 1
         self._counters.bytes_received += tag.count * self._arena.row_bytes
         if not grant.closing:
-            if receiving.slot is None:
-                digests = self._arena.digests(receiving.blocks)
-            else:
+            digests = receiving.operation.digests
+            if receiving.slot is not None:
                 digests = self._staging.scatter(receiving.slot, receiving.blocks)
+            elif digests is None:
+                digests = self._arena.digests(receiving.blocks)
             self._report(BlocksReceived(tag.grant_id, tag.first, digests))
         if receiving.slot is not None:
             self._staging.release(receiving.slot)

@@ -21,8 +21,15 @@ from dataclasses import dataclass, field
 from kvtransfer.arena import Arena, Staging
 from kvtransfer.config import TransferConfig
 from kvtransfer.events import BlocksSent, Counters, SendFailed, TransferEvent
-from kvtransfer.transport import AnyTransport, Connection, Operation, TransportError
-from kvtransfer.wire import Piece, Tag, cut, is_run
+from kvtransfer.transport import (
+    AnyTransport,
+    Buffer,
+    Connection,
+    Operation,
+    Rows,
+    TransportError,
+)
+from kvtransfer.wire import Piece, Tag, cut, cut_in_place, is_run
 
 
 @dataclass(slots=True)
@@ -108,7 +115,11 @@ class Sender:
                 self._report(SendFailed(grant_id, first, str(error)))
                 return
             link = self._links[address] = _Link(address, connection, time.monotonic())
-        pieces = cut(first, source, destination, self._arena.row_bytes, self._config)
+        row_bytes = self._arena.row_bytes
+        if link.connection.in_place:
+            pieces = cut_in_place(first, source, row_bytes, self._config)
+        else:
+            pieces = cut(first, source, destination, row_bytes, self._config)
         link.batches.append(_Batch(grant_id, first, deque(pieces), len(pieces)))
 
     def disconnect(self, address: bytes, reason: str) -> None:
@@ -170,7 +181,10 @@ class Sender:
     def _begin(self, link: _Link, batch: _Batch, piece: Piece) -> bool:
         """Send one message, unless it needs a staging slot and none is free for this link."""
         count, slot = len(piece.source), None
-        if is_run(piece.source):
+        buffer: Buffer | Rows
+        if link.connection.in_place:
+            buffer = Rows(self._arena.bytes, piece.source)
+        elif is_run(piece.source):
             buffer = self._arena.run(piece.source)
         else:
             held = sum(sending.slot is not None for sending in link.sending)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +28,7 @@ from ucxx._lib.arr import Array
 
 from kvtransfer.transport import Buffer, Message, TransportError
 from kvtransfer.ucx_info import available, check_transport, describe, endpoint_lanes
+from kvtransfer.wakeup import WakeUp
 
 __all__ = ["UCXTransport", "check_transport"]
 
@@ -41,6 +41,7 @@ FORCED = {"RNDV_THRESH": "8192"}
 MAX_ROUNDS = 16  # of progress at once, so that arrivals are looked at in between
 CLOSE_PERIOD = 10_000_000  # nanoseconds that closing an endpoint waits at a time
 CLOSE_ATTEMPTS = 100
+SEPARATOR = b";"  # in an address; what follows is another transport's
 
 _ANY = ucxx.UCXXTag(0)
 _NO_BITS = ucxx.UCXXTagMask(0)
@@ -50,6 +51,7 @@ class _Request:
     """An Operation: a UCX request, and the buffer kept alive until it ends."""
 
     __slots__ = ("_buffer", "_request", "done", "error")
+    digests = None
 
     def __init__(self, request: Any, buffer: Buffer) -> None:
         self._request = request
@@ -74,6 +76,7 @@ class _Endpoint:
     """A Connection."""
 
     __slots__ = ("_lanes", "endpoint")
+    in_place = False
 
     def __init__(self, endpoint: Any) -> None:
         self.endpoint = endpoint
@@ -104,12 +107,10 @@ class UCXTransport:
             self._listener = ucxx.UCXListener.create(self._worker, port, self._take_connection)
         except ucxx.UCXError as error:
             raise TransportError(f"UCX cannot start on {host}:{port}: {error}") from error
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
+        self._wake = WakeUp()
         self._poll = select.poll()
         self._poll.register(self._worker.epoll_file_descriptor, select.POLLIN)
-        self._poll.register(self._wake_reader, select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
         self.address = f"{host}:{self._listener.port}".encode()
         self.description = describe(ucxx.get_ucx_version(), available(self._context.info))
 
@@ -118,9 +119,14 @@ class UCXTransport:
         """What a TransferThread calls, on its own thread."""
         return lambda: cls(host, port)
 
+    def watch(self, descriptor: int) -> None:
+        """Let ``wait`` also end when a descriptor is readable."""
+        self._poll.register(descriptor, select.POLLIN)
+
     def connect(self, address: bytes) -> _Endpoint:
         """See Transport."""
-        host, _, port = address.decode(errors="replace").rpartition(":")
+        mine = address.partition(SEPARATOR)[0]
+        host, _, port = mine.decode(errors="replace").rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             raise TransportError(f"not an address of a UCX peer: {address!r}")
         try:
@@ -163,15 +169,12 @@ class UCXTransport:
         if not self._worker.arm():
             return
         for descriptor, _ in self._poll.poll(timeout * 1000):
-            if descriptor == self._wake_reader.fileno():
-                self._wake_reader.recv(4096)
+            if descriptor == self._wake.fileno():
+                self._wake.clear()
 
     def wake(self) -> None:
         """See Transport."""
-        try:
-            self._wake_writer.send(b"\0")
-        except OSError:
-            return  # full: a wake-up is pending; closed: nobody sleeps
+        self._wake.ring()
 
     def close(self, connection: _Endpoint) -> None:
         """See Transport."""
@@ -195,8 +198,7 @@ class UCXTransport:
         self._requests.clear()
         self._worker = None
         self._context = None
-        self._wake_reader.close()
-        self._wake_writer.close()
+        self._wake.close()
 
     def _take_connection(self, request: int) -> None:
         """Called by UCX, inside ``progress``."""

@@ -43,7 +43,8 @@ def eventually(condition: Callable[[], bool], timeout: float) -> bool:
 class Stack:
     """``with Stack(model, ...) as stack``: serving when entered, gone without trace when left.
 
-    ``prefill`` and ``decode`` hold one list of extra arguments for each worker.
+    ``prefill`` and ``decode`` hold one list of extra arguments for each worker. KV travels over
+    UCX, as it does between hosts, unless ``transport`` says ``auto``.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Stack:
         router: Sequence[str] = (),
         worker: Sequence[str] = (),
         control: str | None = None,
+        transport: str = "ucx",
     ) -> None:
         self.model = str(model)
         self.directory = Path(tempfile.mkdtemp(prefix="kvferry-test-"))
@@ -66,7 +68,7 @@ class Stack:
         self.client = httpx.Client(base_url=self.url, timeout=240, limits=limits)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._router_arguments = router
-        self._worker_arguments = worker
+        self._worker_arguments = ("--transport", transport, *worker)
         self._pools = {"prefill": prefill, "decode": decode}
 
     def __enter__(self) -> Self:

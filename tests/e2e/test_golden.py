@@ -170,6 +170,18 @@ def test_same_tokens_as_transformers(
     assert decode["kvferry_kv_transfer_bytes_total{direction=received}"] == moved
 
 
+def test_over_mapped_memory(checkpoints: Path) -> None:
+    """As in production on one host; every other test goes over UCX."""
+    cases = golden("llama", checkpoints)
+    worker = ["--dtype", "float32", "--block-size", str(B), "--require-transport", "memory"]
+    with Stack(cases.path, worker=worker, transport="auto") as stack:
+        for case in cases.alone:
+            assert complete(stack, case.prompt) == case.expected
+        stack.assert_idle()
+        used = [name for name in stack.metrics("prefill") if "transport_info" in name]
+    assert any("transport=memory/memfd" in name for name in used)
+
+
 def test_seeded_sampling_does_not_depend_on_batch_chunks_or_preemption(checkpoints: Path) -> None:
     cases = golden("llama", checkpoints)
     options = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "presence_penalty": 0.3, "seed": 7}

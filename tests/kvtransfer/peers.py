@@ -9,9 +9,12 @@ from typing import TypeVar
 
 import torch
 
+from kernels.shared_memory import shared_zeros
+from kvtransfer.auto import auto_factory
 from kvtransfer.config import TransferConfig
 from kvtransfer.events import BlocksReceived, BlocksSent, Died, TransferEvent
 from kvtransfer.inproc import InProcessNetwork
+from kvtransfer.memory import SCHEME, MemoryTransport
 from kvtransfer.thread import TransferThread
 from kvtransfer.transport import TransportFactory
 from kvtransfer.ucx import UCXTransport
@@ -94,6 +97,12 @@ def spawner(kind: str, network: InProcessNetwork | None = None) -> Iterator[Spaw
         factory: TransportFactory = network.factory(at)
         if kind == "ucx":
             factory = UCXTransport.factory("127.0.0.1", int(at.rpartition(b":")[2]) if at else 0)
+        elif kind == "memory":
+            rows = shared_zeros((num_blocks, row_bytes), torch.uint8).copy_(rows)
+            factory = MemoryTransport.factory(rows, at.removeprefix(SCHEME) if at else None)
+        elif kind == "auto":
+            rows = shared_zeros((num_blocks, row_bytes), torch.uint8).copy_(rows)
+            factory = auto_factory(rows, "127.0.0.1")
         peer = Peer(rows, factory, config or TransferConfig())
         peers.append(peer)
         return peer

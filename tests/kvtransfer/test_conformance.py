@@ -25,10 +25,12 @@ from kvtransfer.transport import Transport, TransportError
 from tests.kvtransfer.peers import DEADLINE, Spawn, spawner, transfer
 
 SMALL, LARGE = 512, 64 << 10  # bytes of a row: packed, and sent from the arena
-TIGHT = TransferConfig(staging_bytes=4 * SMALL, staging_slots=1, max_in_flight=1)
+TIGHT = TransferConfig(
+    staging_bytes=4 * SMALL, staging_slots=1, message_bytes=4 * SMALL, max_in_flight=1
+)
 
 
-@pytest.fixture(params=["inproc", "ucx"])
+@pytest.fixture(params=["inproc", "ucx", "memory"])
 def spawn(request: pytest.FixtureRequest) -> Iterator[Spawn]:
     with spawner(request.param) as spawn:
         yield spawn
@@ -135,6 +137,7 @@ def test_duplicate(spawn: Spawn) -> None:
     assert torch.equal(receiver.rows, before)
 
 
+@pytest.mark.parametrize("spawn", ["inproc", "ucx"], indirect=True)  # others need no staging
 def test_too_much_for_staging(spawn: Spawn) -> None:
     """The peer packs more than this end can hold, for blocks that are not adjacent here."""
     sender, receiver = spawn(32, SMALL), spawn(32, SMALL, TIGHT)

@@ -18,9 +18,9 @@ ROW, BLOCKS = 128 << 10, 2048  # 256 MiB: long enough to be interrupted
 Start = Callable[[int, int], subprocess.Popen[str]]
 
 
-@pytest.fixture
-def receiver() -> Iterator[Peer]:
-    with spawner("ucx") as spawn:
+@pytest.fixture(params=["ucx", "auto"])
+def receiver(request: pytest.FixtureRequest) -> Iterator[Peer]:
+    with spawner(request.param) as spawn:
         yield spawn(BLOCKS, ROW, TransferConfig(stall=0.5))
 
 
@@ -41,13 +41,19 @@ def start(receiver: Peer) -> Iterator[Start]:
         worker.communicate()
 
 
+def mapped(receiver: Peer) -> bool:
+    """Then what had not begun to be copied is lost in silence, and what had is often complete."""
+    return b"memory:" in receiver.address
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_sender_is_lost_in_the_middle(receiver: Peer, start: Start, how: signal.Signals) -> None:
     receiver.thread.open_grant(1, range(BLOCKS))
     lost = start(1, BLOCKS)
     receiver.expect(BlocksReceived)
     lost.send_signal(how)
-    assert receiver.expect(ReceiveFailed).grant_id == 1
+    if not mapped(receiver):
+        assert receiver.expect(ReceiveFailed).grant_id == 1
     receiver.thread.close_grant(1)
     assert receiver.expect(GrantClosed).grant_id == 1
     receiver.rows.zero_()
@@ -66,12 +72,12 @@ def test_restarted_sender_sends_the_rest(receiver: Peer, start: Start) -> None:
     lost = start(1, BLOCKS)
     receiver.expect(BlocksReceived)
     lost.kill()
-    receiver.expect(ReceiveFailed)
-    before = receiver.thread.snapshot()
+    if not mapped(receiver):
+        receiver.expect(ReceiveFailed)
+        assert receiver.thread.snapshot().failed_receives > 0
     start(1, BLOCKS)
     whole = BLOCKS * ROW
     while receiver.thread.snapshot().bytes_received < whole:
         assert isinstance(receiver.expect(BlocksReceived), BlocksReceived)
     assert receiver.thread.snapshot().refused["duplicate"] > 0
-    assert before.failed_receives > 0
     assert (receiver.rows == 0xAB).all()

@@ -1,0 +1,342 @@
+"""Memory of this host as a transport: the receiver copies rows out of the sender's arena.
+
+The sender connects to the receiver's Unix socket and passes the file of its arena along, once; the
+receiver maps it for reading. From then on a message is an offer of a few bytes, tag and block ids;
+the receiver copies the rows into its own arena, digests included, and acknowledges.
+
+Who owns memory: destination blocks are written by their owner alone. Source blocks are the peer's
+to read until its ack has come **or the sender has closed the socket**. The receiver's ack is
+therefore its commit: it follows the copy, and one that finds the socket closed makes the receive
+fail, since the source may have changed. The memory of a killed sender stays mapped and whole.
+
+Both ends belong to one user. Whatever else a peer says is checked, and who breaks the rules is hung
+up on. The socket is in the abstract namespace, under a name nobody can guess: it leaves no file,
+and no other host, network namespace or container can reach it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.block_copy import copy_blocks
+from kernels.shared_memory import shared_file
+from kvtransfer.memory_frames import (
+    Offer,
+    is_same_user,
+    pack_offer,
+    packet_socket,
+    read_ack,
+    read_hello,
+    read_offer,
+    send_ack,
+    send_hello,
+)
+from kvtransfer.transport import Buffer, Message, Rows, TransportError
+from kvtransfer.wakeup import WakeUp
+
+SCHEME = b"memory:"
+DESCRIPTION = "memory/memfd"
+MAX_CONNECTIONS = 256  # that reach this end
+MAX_UNACKED = 128  # offers of one connection; their acks fit a socket's buffer unread
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """An Operation."""
+
+    done: bool = False
+    error: str | None = None
+    digests: list[int] | None = None
+
+    def end(self, error: str | None) -> None:
+        """Once only."""
+        assert not self.done, "an operation ended twice"
+        self.done, self.error = True, error
+
+
+@dataclass(slots=True, eq=False)
+class _Outgoing:
+    """A Connection."""
+
+    socket: socket.socket
+    waiting: deque[bytes] = field(default_factory=deque)  # offers without room on the socket
+    operations: dict[int, _Transfer] = field(default_factory=dict)  # not ended, by offer's number
+    next_number: int = 0
+    open: bool = True
+    description: str = DESCRIPTION
+    in_place: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class _Incoming:
+    """A peer that reaches us."""
+
+    socket: socket.socket
+    arena: NDArray[np.uint8] | None = None  # [num_blocks, row_bytes], once it has said hello
+    unacked: set[int] = field(default_factory=set)  # numbers of offers
+    open: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A receive that has begun."""
+
+    peer: _Incoming
+    offer: Offer
+    rows: Rows
+    operation: _Transfer
+
+
+class MemoryTransport:
+    """One end, whose arena is ``rows``. Raises TransportError when nobody could map that."""
+
+    description = DESCRIPTION
+
+    def __init__(self, rows: Tensor, name: bytes | None = None) -> None:
+        """``name`` is the socket's; the default is one nobody has had."""
+        file = shared_file(rows)
+        if file is None:
+            raise TransportError("the arena is not in memory that can be shared")
+        self._hello = (rows.shape[1] * rows.element_size(), rows.shape[0], file)
+        name = name or b"kvferry-" + secrets.token_hex(16).encode()
+        self.address = SCHEME + name
+        self._listener = packet_socket()
+        try:
+            self._listener.bind(b"\0" + name)
+            self._listener.listen()
+        except OSError as error:
+            self._listener.close()
+            raise TransportError(f"cannot listen on {self.address!r}: {error}") from error
+        self._ends: dict[int, _Outgoing | _Incoming] = {}  # by descriptor
+        self._inbox: deque[tuple[_Incoming, Offer]] = deque()  # not probed
+        self._copies: deque[_Copy] = deque()
+        self._wake = WakeUp()
+        self._epoll = select.epoll()
+        self._epoll.register(self._listener, select.EPOLLIN)
+        self._epoll.register(self._wake, select.EPOLLIN)
+
+    @classmethod
+    def factory(cls, rows: Tensor, name: bytes | None = None) -> Callable[[], MemoryTransport]:
+        """What a TransferThread calls, on its own thread."""
+        return lambda: cls(rows, name)
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while a peer has something to say."""
+        return self._epoll.fileno()
+
+    def connect(self, address: bytes) -> _Outgoing:
+        """See Transport. A peer that is not there raises TransportError."""
+        if not address.startswith(SCHEME):
+            raise TransportError(f"not an address of memory on this host: {address!r}")
+        peer = packet_socket()
+        try:
+            peer.connect(b"\0" + address.removeprefix(SCHEME))
+            if not is_same_user(peer):
+                raise PermissionError("it belongs to another user")
+            send_hello(peer, *self._hello)
+        except OSError as error:
+            peer.close()
+            raise TransportError(f"cannot reach {address!r}: {error}") from error
+        connection = _Outgoing(peer)
+        self._watch(connection)
+        return connection
+
+    def send(self, connection: _Outgoing, tag: int, buffer: Rows) -> _Transfer:
+        """See Transport. ``buffer.memory`` is the arena this end was made for."""
+        if not connection.open:
+            raise TransportError("the connection is lost")
+        number, operation = connection.next_number, _Transfer()
+        connection.next_number += 1
+        connection.operations[number] = operation
+        connection.waiting.append(pack_offer(number, tag, buffer.blocks))
+        self._send_offers(connection)
+        return operation
+
+    def probe(self) -> Message | None:
+        """See Transport."""
+        if not self._inbox:
+            return None
+        peer, offer = self._inbox.popleft()
+        return Message(offer.tag, offer.num_bytes, (peer, offer), in_place=True)
+
+    def receive(self, message: Message, buffer: Buffer | Rows) -> _Transfer:
+        """See Transport. What is not ``Rows`` of the message's shape is too short."""
+        peer, offer = message.handle
+        operation = _Transfer()
+        if not peer.open:
+            operation.end("connection closed by the peer")
+        elif isinstance(buffer, Rows) and _fits(offer, buffer):
+            self._copies.append(_Copy(peer, offer, buffer, operation))
+        else:
+            self._acknowledge(peer, offer)
+            operation.end("message truncated")
+        return operation
+
+    def progress(self) -> bool:
+        """See Transport. Copies one message at most, so that other work is not kept waiting."""
+        ready = self._epoll.poll(0)
+        for descriptor, _ in ready:
+            if descriptor == self._wake.fileno():
+                self._wake.clear()
+            elif descriptor == self._listener.fileno():
+                self._accept()
+            else:
+                end = self._ends.get(descriptor)
+                if isinstance(end, _Outgoing):
+                    self._take_acks(end)
+                elif end is not None:
+                    self._take_offers(end)
+        return self._copy() or bool(ready)
+
+    def wait(self, timeout: float) -> None:
+        """See Transport."""
+        self._epoll.poll(timeout)
+
+    def wake(self) -> None:
+        """See Transport."""
+        self._wake.ring()
+
+    def close(self, connection: _Outgoing) -> None:
+        """See Transport."""
+        self._lose(connection, "connection closed")
+
+    def close_incoming(self) -> None:
+        """See Transport."""
+        for end in list(self._ends.values()):
+            if isinstance(end, _Incoming):
+                self._hang_up(end)
+
+    def shutdown(self) -> None:
+        """See Transport."""
+        for end in list(self._ends.values()):
+            if isinstance(end, _Outgoing):
+                self.close(end)
+        self.close_incoming()
+        self._listener.close()
+        self._epoll.close()
+        self._wake.close()
+
+    # Sending ---------------------------------------------------------------------------------
+
+    def _send_offers(self, connection: _Outgoing) -> None:
+        """Offer what waits. What finds no room goes when acks come: offers are under way then."""
+        waiting = connection.waiting
+        while waiting and len(connection.operations) - len(waiting) < MAX_UNACKED:
+            try:
+                connection.socket.send(waiting[0])
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._lose(connection, f"peer lost: {error}")
+                return
+            waiting.popleft()
+
+    def _take_acks(self, connection: _Outgoing) -> None:
+        try:
+            while True:
+                operation = connection.operations.pop(read_ack(connection.socket), None)
+                if operation is None:
+                    raise ValueError("an ack of what was not offered")
+                operation.end(None)
+        except BlockingIOError:
+            self._send_offers(connection)
+        except (OSError, ValueError) as error:
+            self._lose(connection, f"peer lost: {error}")
+
+    def _lose(self, connection: _Outgoing, reason: str) -> None:
+        """Close the socket, and only then let the source blocks go. Idempotent."""
+        self._unwatch(connection)
+        connection.waiting.clear()
+        for operation in connection.operations.values():
+            operation.end(reason)
+        connection.operations.clear()
+
+    # Receiving -------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+        except OSError:
+            return  # it has gone again
+        peer.setblocking(False)
+        incoming = sum(isinstance(end, _Incoming) for end in self._ends.values())
+        if incoming < MAX_CONNECTIONS and is_same_user(peer):
+            self._watch(_Incoming(peer))
+        else:
+            peer.close()
+
+    def _take_offers(self, peer: _Incoming) -> None:
+        try:
+            if peer.arena is None:
+                peer.arena = read_hello(peer.socket)
+            while True:
+                offer = read_offer(peer.socket, peer.arena)
+                if offer.number in peer.unacked or len(peer.unacked) == MAX_UNACKED:
+                    raise ValueError("more offers than may be open, or one of them twice")
+                peer.unacked.add(offer.number)
+                self._inbox.append((peer, offer))
+        except BlockingIOError:
+            return
+        except (OSError, ValueError):
+            self._hang_up(peer)
+
+    def _copy(self) -> bool:
+        if not self._copies:
+            return False
+        copy = self._copies.popleft()
+        digests = copy_blocks(
+            copy.offer.source, copy.offer.block_ids, copy.rows.memory, copy.rows.blocks
+        )
+        if self._acknowledge(copy.peer, copy.offer):
+            copy.operation.digests = digests
+            copy.operation.end(None)
+        else:
+            copy.operation.end("connection closed by the peer")
+        return True
+
+    def _acknowledge(self, peer: _Incoming, offer: Offer) -> bool:
+        """Whether the socket was still open at the other end."""
+        try:
+            send_ack(peer.socket, offer.number)
+        except OSError:  # or it leaves more acks unread than it may have offers
+            self._hang_up(peer)
+            return False
+        peer.unacked.remove(offer.number)
+        return True
+
+    def _hang_up(self, peer: _Incoming) -> None:
+        """Close the socket. Offers that nobody has seen are dropped; receives fail. Idempotent."""
+        self._unwatch(peer)
+        self._inbox = deque(entry for entry in self._inbox if entry[0] is not peer)
+        for copy in [copy for copy in self._copies if copy.peer is peer]:
+            self._copies.remove(copy)
+            copy.operation.end("connection closed by the peer")
+
+    def _watch(self, end: _Outgoing | _Incoming) -> None:
+        self._ends[end.socket.fileno()] = end
+        self._epoll.register(end.socket, select.EPOLLIN)
+
+    def _unwatch(self, end: _Outgoing | _Incoming) -> None:
+        if not end.open:
+            return
+        end.open = False
+        del self._ends[end.socket.fileno()]
+        self._epoll.unregister(end.socket)
+        with contextlib.suppress(OSError):  # it is gone already
+            end.socket.shutdown(socket.SHUT_RDWR)  # at once, even if a fork still holds it
+        end.socket.close()
+
+
+def _fits(offer: Offer, rows: Rows) -> bool:
+    theirs, mine = offer.source.shape[1], rows.memory.shape[1]
+    return len(offer.block_ids) == len(rows.blocks) and theirs == mine
