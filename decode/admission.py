@@ -7,8 +7,8 @@
 An event goes in, actions come out; the clock is passed in, nothing is sent or awaited here.
 Blocks are reserved before prefill computes. They are written only while the grant is OPEN, and
 given back only once the transport has confirmed (Closed) that no receive into them is left: a
-timeout alone frees nothing. Blocks that do not verify are never read: the sequence is computed
-anew from its token ids.
+timeout alone frees nothing. What prefill has heard no answer to it repeats, and gets the same
+answer. Blocks that do not verify are never read: the sequence is computed anew from its token ids.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class Admission:
         self._new_grant_id = new_grant_id
         self._by_request: dict[str, OpenGrant] = {}  # PENDING and OPEN, oldest first
         self._by_id: dict[int, OpenGrant] = {}  # OPEN and CLOSING
+        self._accepted: dict[str, tuple[bytes, int]] = {}  # the latest: request to peer, grant id
         self.leaving = False  # no new grants
         self.num_expired = 0
         self.num_stale = 0  # hand-offs without a grant, requests to a former incarnation
@@ -142,6 +143,9 @@ class Admission:
     # A grant's life, in order ----------------------------------------------------------------
 
     def _requested(self, peer: bytes, request: GrantRequest, now: float) -> list[Action]:
+        known = self._by_request.get(request.request_id)
+        if known is not None and known.peer == peer:  # it has not heard the answer
+            return [self._granted(known, now)] if known.state is GrantState.OPEN else []
         error = self._refusal(request)
         if error is not None:
             refusal = GrantRefused(
@@ -176,16 +180,19 @@ class Admission:
             grant.grant_id = self._unused_grant_id()
             grant.expires = min(grant.deadline, now + self._grant_timeout)
             self._by_id[grant.grant_id] = grant
-            message = Grant(
-                request_id=grant.sequence.request_id,
-                grant_id=grant.grant_id,
-                epoch=self._epoch,
-                num_cached_tokens=grant.sequence.num_computed,
-                blocks=grant.blocks,
-                expires_in=grant.expires - now,
-            )
-            actions += [OpenReceive(grant.grant_id, grant.blocks), Reply(grant.peer, message)]
+            actions += [OpenReceive(grant.grant_id, grant.blocks), self._granted(grant, now)]
         return actions
+
+    def _granted(self, grant: OpenGrant, now: float) -> Reply:
+        message = Grant(
+            request_id=grant.sequence.request_id,
+            grant_id=grant.grant_id,
+            epoch=self._epoch,
+            num_cached_tokens=grant.sequence.num_computed,
+            blocks=grant.blocks,
+            expires_in=grant.expires - now,
+        )
+        return Reply(grant.peer, message)
 
     def _reserve(self, grant: OpenGrant) -> bool:
         sequence, headroom = grant.sequence, self._headroom()
@@ -203,6 +210,8 @@ class Admission:
         return self._admit_if_complete(grant)
 
     def _offered(self, peer: bytes, handoff: Handoff) -> list[Action]:
+        if self._accepted.get(handoff.request_id) == (peer, handoff.grant_id):
+            return [self._acceptance(peer, handoff)]  # it has not heard the answer
         grant = self._by_request.get(handoff.request_id)
         if grant is None or grant.state is not GrantState.OPEN:
             self.num_stale += 1
@@ -235,9 +244,15 @@ class Admission:
             self.integrity_failures["digest"] = self.integrity_failures.get("digest", 0) + 1
             sequence = without_blocks(sequence)  # the blocks stay with the closing grant
         sequence.token_ids.append(handoff.first_token)
-        accepted = Accepted(request_id=sequence.request_id, grant_id=grant.grant_id)
+        self._accepted[sequence.request_id] = grant.peer, grant.grant_id
+        if len(self._accepted) > self._max_pending:
+            del self._accepted[next(iter(self._accepted))]
         admit = Admit(sequence, grant.router_id, grant.deadline)
-        return [*self._close(grant), admit, Reply(grant.peer, accepted)]
+        return [*self._close(grant), admit, self._acceptance(grant.peer, handoff)]
+
+    def _acceptance(self, peer: bytes, handoff: Handoff) -> Reply:
+        accepted = Accepted(request_id=handoff.request_id, grant_id=handoff.grant_id)
+        return Reply(peer, accepted)
 
     # Ends ------------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@
                                                        gone <──Accepted── OFFERED
 
 An event goes in, actions come out; the clock is passed in, nothing is sent or awaited here.
+What decode leaves unanswered (ASKED, OFFERED) is said again: a link may lose a message when its
+connection breaks, and decode answers a repetition as it answered before.
 While a prompt computes the scheduler owns its blocks; from the first token on the lease does.
 Every batch of blocks under way holds references of its own, so a block is never reused while
 the transport may still read it, whatever becomes of the request.
@@ -85,7 +87,7 @@ class Handoffs:
             case Queued():
                 return self._queue(event)
             case Tick():
-                return self._expire(now)
+                return [*self._expire(now), *self._repeat(now)]
             case RouterLost():
                 leases = [x for x in self._leases.values() if x.router_id == event.router_id]
                 return [action for lease in leases for action in self._drop(lease)]
@@ -117,9 +119,9 @@ class Handoffs:
                 lease.state = LeaseState.QUEUED  # there is nothing to revoke
                 return self._fail(lease, event.code, event.message)
             case Computed():
-                return self._computed(lease, finished=event.finished)
+                return self._computed(lease, event, now)
             case Shipped():
-                return self._shipped(lease, event)
+                return self._shipped(lease, event, now)
             case ShipFailed():
                 message = f"KV transfer to {lease.decode.worker_id} failed: {event.reason}"
                 return self._fail(lease, WorkerLostError.code, message)
@@ -150,7 +152,10 @@ class Handoffs:
     def _ask(self, lease: Lease, now: float) -> list[Action]:
         if lease.state is not LeaseState.QUEUED:
             return []
-        lease.state = LeaseState.ASKED
+        lease.enter(LeaseState.ASKED, now)
+        return [self._grant_request(lease, now)]
+
+    def _grant_request(self, lease: Lease, now: float) -> Tell:
         request = GrantRequest(
             request_id=lease.request_id,
             router_id=lease.router_id,
@@ -161,7 +166,7 @@ class Handoffs:
             fingerprint=self._fingerprint,
             timeout=max(0.0, lease.deadline - now),
         )
-        return [Tell(lease.decode, request)]
+        return Tell(lease.decode, request)
 
     def _granted(self, lease: Lease, grant: Grant) -> list[Action]:
         if lease.state is not LeaseState.ASKED:
@@ -182,8 +187,8 @@ class Handoffs:
         leased = {lease.grant.grant_id for lease in self._leases.values() if lease.grant}
         return leased | {grant_id for grant_id, _ in self._under_way}
 
-    def _computed(self, lease: Lease, *, finished: bool) -> list[Action]:
-        if not finished:
+    def _computed(self, lease: Lease, event: Computed, now: float) -> list[Action]:
+        if not event.finished:
             return self._ship(lease)
         if lease.sequence.finish_reason() is not None:  # the first token is the last
             revoke = self._revoke(lease)
@@ -191,11 +196,11 @@ class Handoffs:
             self._end(lease)
             return revoke
         lease.state = LeaseState.DRAINING
-        return [*self._ship(lease), *self._offer(lease)]
+        return [*self._ship(lease), *self._offer(lease, now)]
 
-    def _shipped(self, lease: Lease, event: Shipped) -> list[Action]:
+    def _shipped(self, lease: Lease, event: Shipped, now: float) -> list[Action]:
         lease.digests.update(enumerate(event.digests, start=event.first))
-        return self._offer(lease)
+        return self._offer(lease, now)
 
     def _ship(self, lease: Lease) -> list[Action]:
         """Send the blocks that are complete, and at the end the last, partly filled one."""
@@ -216,14 +221,17 @@ class Handoffs:
         destination = grant.blocks[first:last]
         return [Ship(lease.decode, grant.grant_id, first, source, destination)]
 
-    def _offer(self, lease: Lease) -> list[Action]:
+    def _offer(self, lease: Lease, now: float) -> list[Action]:
         """Hand off once every block is sent and its digest known."""
         grant = lease.grant
         if lease.state is not LeaseState.DRAINING or grant is None:
             return []
         if len(lease.digests) < len(grant.blocks):
             return []
-        lease.state = LeaseState.OFFERED
+        lease.enter(LeaseState.OFFERED, now)
+        return [self._handoff(lease, grant)]
+
+    def _handoff(self, lease: Lease, grant: Grant) -> Tell:
         handoff = Handoff(
             request_id=lease.request_id,
             grant_id=grant.grant_id,
@@ -232,7 +240,16 @@ class Handoffs:
             num_tokens=lease.sequence.num_given_tokens,
             digests=[lease.digests[position] for position in range(len(grant.blocks))],
         )
-        return [Tell(lease.decode, handoff)]
+        return Tell(lease.decode, handoff)
+
+    def _repeat(self, now: float) -> list[Action]:
+        return [
+            self._grant_request(lease, now)
+            if lease.grant is None
+            else self._handoff(lease, lease.grant)
+            for lease in self._leases.values()
+            if lease.must_repeat(now)
+        ]
 
     def _expire(self, now: float) -> list[Action]:
         actions: list[Action] = []

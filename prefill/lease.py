@@ -8,6 +8,9 @@ from enum import Enum, auto
 from engine.sequence import Sequence
 from protocol.messages import Grant, PeerAddress
 
+FIRST_REPEAT = 1.0  # seconds without an answer of decode until the question is repeated
+LAST_REPEAT = 8.0  # it doubles up to here
+
 
 class LeaseState(Enum):
     """Where a hand-off stands; ``prefill.handoff`` draws the transitions."""
@@ -31,11 +34,26 @@ class Lease:
     grant: Grant | None = None
     num_shipped: int = 0  # grant positions given to the transport
     digests: dict[int, int] = field(default_factory=dict)  # by grant position
+    repeat_at: float = 0.0  # when a question that decode has not answered is repeated
+    repeat_after: float = FIRST_REPEAT
 
     @property
     def request_id(self) -> str:
         """The request's id."""
         return self.sequence.request_id
+
+    def enter(self, state: LeaseState, now: float) -> None:
+        """Go on to a state in which decode owes an answer."""
+        self.state, self.repeat_after = state, FIRST_REPEAT
+        self.repeat_at = now + FIRST_REPEAT
+
+    def must_repeat(self, now: float) -> bool:
+        """Whether decode's answer is overdue; then the next one has twice the time."""
+        if self.state not in (LeaseState.ASKED, LeaseState.OFFERED) or now < self.repeat_at:
+            return False
+        self.repeat_after = min(2 * self.repeat_after, LAST_REPEAT)
+        self.repeat_at = now + self.repeat_after
+        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import assert_never
 
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -87,6 +88,7 @@ class PrefillWorker:
         self._leaving = False
         self._wake = asyncio.Event()
         self._peers: dict[str, tuple[int, Client, asyncio.Task[None]]] = {}  # by worker id
+        self._link_numbers = count()
 
     def load(self) -> WorkerLoad:
         """What the router is told."""
@@ -250,7 +252,9 @@ class PrefillWorker:
                 return link
             task.cancel()  # a former incarnation
             link.close()
-        link = Client(address.control, self._identity, self._cluster_key)
+        # A new name for each link: the former one may still be reconnecting to the same address.
+        identity = f"{self._identity}:{next(self._link_numbers)}"
+        link = Client(address.control, identity, self._cluster_key)
         task = asyncio.create_task(self._receive_from_peer(link))
         self._peers[address.worker_id] = (address.epoch, link, task)
         return link

@@ -375,7 +375,8 @@ class Simulation:
     def _post(self, channel: str, deliver: Callable[[], None]) -> None:
         self.channels.setdefault(channel, deque()).append(deliver)
 
-    def _deliver(self, channel: str) -> None:
+    def deliver(self, channel: str) -> None:
+        """The oldest message of a channel arrives."""
         queue = self.channels[channel]
         deliver = queue.popleft()
         if not queue:
@@ -385,7 +386,7 @@ class Simulation:
     def events(self) -> list[Callable[[], None]]:
         """Everything that can happen next, faults left out."""
         events: list[Callable[[], None]] = [
-            partial(self._deliver, channel) for channel in self.channels
+            partial(self.deliver, channel) for channel in self.channels
         ]
         for shipment in self.shipments:
             move = self.finish if shipment.copied else self.copy
@@ -464,13 +465,13 @@ class Simulation:
     def settle(self, max_events: int = 20_000) -> None:
         """Let things happen, without faults, until nothing is left.
 
-        Time passes only if a message was lost: nothing but a timer can notice that.
+        Time passes only if a message was lost: it is noticed when its answer is overdue.
         """
         for num_events in range(max_events):
             if num_events % 50 == 0:
                 self.tick()
             if self.lost and num_events % 600 == 599:
-                self.tick(1e10)
+                self.tick(10.0)
             self.step()
             if self.idle():
                 return
