@@ -173,7 +173,7 @@ def compare(
 @app.command(hidden=True)
 def receive(num_bytes: int, row_bytes: int, transfers: int, order: str, transport: str) -> None:
     """One process of ours: print an address, then receive every grant."""
-    with _worker(num_bytes, row_bytes, transport) as (thread, events):
+    with _worker(num_bytes, row_bytes, transport, shared=False) as (thread, events):
         blocks = _blocks(num_bytes, row_bytes, order, seed=1)
         for transfer in range(WARM_UP + transfers):
             thread.open_grant(transfer + 1, blocks[transfer % 2])
@@ -192,7 +192,8 @@ def send(
     num_bytes: int, row_bytes: int, transfers: int, order: str, transport: str, address: str
 ) -> None:
     """The other process of ours: send every grant, two at a time."""
-    with _worker(num_bytes, row_bytes, transport) as (thread, events):
+    shared = transport == "auto"
+    with _worker(num_bytes, row_bytes, transport, shared=shared) as (thread, events):
         source = _blocks(num_bytes, row_bytes, order, seed=0)[0]
         destinations = _blocks(num_bytes, row_bytes, order, seed=1)
 
@@ -225,17 +226,19 @@ def _blocks(num_bytes: int, row_bytes: int, order: str, seed: int) -> tuple[list
 
 @contextmanager
 def _worker(
-    num_bytes: int, row_bytes: int, transport: str
+    num_bytes: int, row_bytes: int, transport: str, *, shared: bool
 ) -> Iterator[tuple[object, queue.Queue[object]]]:
     import torch
 
+    from kernels.cpu.memory import private_zeros
     from kernels.shared_memory import shared_zeros
     from kvtransfer.auto import auto_factory
     from kvtransfer.thread import TransferThread
     from kvtransfer.ucx import UCXTransport
 
     torch.set_num_threads(1)
-    rows = shared_zeros((2 * num_bytes // row_bytes, row_bytes // 8), torch.int64)
+    zeros = shared_zeros if shared else private_zeros  # as a worker in this place has them
+    rows = zeros((2 * num_bytes // row_bytes, row_bytes // 8), torch.int64)
     torch.arange(rows.numel(), out=rows.view(-1))
     host = "127.0.0.1"
     factory = UCXTransport.factory(host) if transport == "ucx" else auto_factory(rows, host)

@@ -236,6 +236,7 @@ def worker(
             block_size=block_size,
             num_blocks=num_kv_blocks,
             kv_cache_memory=kv_cache_memory,
+            shared_kv=role == "prefill" and transport == "auto",  # decode reads prefill's
             gpu_memory_utilization=gpu_memory_utilization,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,

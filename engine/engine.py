@@ -32,6 +32,7 @@ from engine.weights import (
     load_weights,
     pack_weights,
 )
+from kernels.cpu.memory import private_zeros
 from kernels.linear import Weight
 from kernels.shared_memory import shared_zeros
 from protocol.errors import ConfigError
@@ -62,6 +63,7 @@ class EngineConfig:
     block_size: int | None = None  # tokens; None: 64 on CUDA, 16 on a CPU
     num_blocks: int | None = None  # None: what the memory options give
     kv_cache_memory: float = 1.0  # GiB, on a CPU
+    shared_kv: bool = False  # other processes of the host may map it: no huge pages, on a CPU
     gpu_memory_utilization: float = 0.9  # share of the GPU for weights, KV and workspace
     max_num_seqs: int = 64  # rows of the largest step, for which a GPU keeps memory free
     max_num_batched_tokens: int = 512  # prompt tokens of that step
@@ -121,7 +123,7 @@ class Engine:
         graph_rows = config.max_num_seqs if config.decode_graphs and device.type == "cuda" else 0
         num_blocks = _num_blocks(config, model, geometry, device, graph_rows)
         check_budget(geometry, num_blocks, max_model_len)
-        arena = _arena(geometry, num_blocks + bool(graph_rows), device)
+        arena = _arena(geometry, num_blocks + bool(graph_rows), device, shared=config.shared_kv)
         runner = ModelRunner(model, arena, graph_rows)
         runner.capture()
         log.info(
@@ -247,12 +249,14 @@ def _workspace(
     return workspace
 
 
-def _arena(geometry: KVGeometry, num_blocks: int, device: torch.device) -> Tensor:
-    shape = (num_blocks, *geometry.row_shape)
+def _arena(
+    geometry: KVGeometry, num_blocks: int, device: torch.device, *, shared: bool = False
+) -> Tensor:
+    shape, dtype = (num_blocks, *geometry.row_shape), _TORCH_DTYPES[geometry.dtype]
     try:
         if device.type == "cpu":
-            return shared_zeros(shape, _TORCH_DTYPES[geometry.dtype])
-        return torch.zeros(shape, dtype=_TORCH_DTYPES[geometry.dtype], device=device)
+            return (shared_zeros if shared else private_zeros)(shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=device)
     except RuntimeError as error:  # torch's out of memory, on a GPU or a CPU
         size = size_text(num_blocks * geometry.row_bytes)
         raise ConfigError(f"cannot allocate {size} of KV: {error}") from error

@@ -1,16 +1,17 @@
 """UCX, and memory of this host where the peer is on it too: the choice is made per connection.
 
 An address names both ways, ``HOST:PORT;memory:NAME``. Only a process of the same host, network
-namespace and user can connect to the name; whoever cannot takes UCX.
+namespace and user can connect to the name, and only with an arena of its own that others may map;
+whoever cannot takes UCX.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from torch import Tensor
 
-from kernels.shared_memory import shared_file
 from kvtransfer.memory import MemoryTransport
 from kvtransfer.transport import (
     AnyTransport,
@@ -41,7 +42,7 @@ class AutoTransport:
         if memory_address:
             try:
                 return self._memory.connect(memory_address)
-            except TransportError:  # on another host, or another user's
+            except TransportError:  # on another host, or another user's; or we cannot be read
                 return self._ucx.connect(address)
         return self._ucx.connect(address)
 
@@ -90,7 +91,7 @@ class AutoTransport:
 
 
 def auto_factory(rows: Tensor, host: str) -> Callable[[], AnyTransport]:
-    """What a TransferThread calls: both where other processes can map the arena, else UCX."""
-    if shared_file(rows) is None:
+    """What a TransferThread calls: both for an arena in this host's memory, else UCX."""
+    if rows.is_cuda or not hasattr(os, "memfd_create"):
         return UCXTransport.factory(host)
     return lambda: AutoTransport(UCXTransport(host), MemoryTransport(rows))

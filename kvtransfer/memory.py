@@ -98,16 +98,14 @@ class _Copy:
 
 
 class MemoryTransport:
-    """One end, whose arena is ``rows``. Raises TransportError when nobody could map that."""
+    """One end, whose arena is ``rows``; only from memory that others may map can it send."""
 
     description = DESCRIPTION
 
     def __init__(self, rows: Tensor, name: bytes | None = None) -> None:
         """``name`` is the socket's; the default is one nobody has had."""
-        file = shared_file(rows)
-        if file is None:
-            raise TransportError("the arena is not in memory that can be shared")
-        self._hello = (rows.shape[1] * rows.element_size(), rows.shape[0], file)
+        self._row_bytes, self._num_blocks = rows.shape[1] * rows.element_size(), rows.shape[0]
+        self._file = shared_file(rows)
         name = name or b"kvferry-" + secrets.token_hex(16).encode()
         self.address = SCHEME + name
         self._listener = packet_socket()
@@ -136,6 +134,8 @@ class MemoryTransport:
 
     def connect(self, address: bytes) -> _Outgoing:
         """See Transport. A peer that is not there raises TransportError."""
+        if self._file is None:
+            raise TransportError("this end's arena is not in memory that others may map")
         if not address.startswith(SCHEME):
             raise TransportError(f"not an address of memory on this host: {address!r}")
         peer = packet_socket()
@@ -143,7 +143,7 @@ class MemoryTransport:
             peer.connect(b"\0" + address.removeprefix(SCHEME))
             if not is_same_user(peer):
                 raise PermissionError("it belongs to another user")
-            send_hello(peer, *self._hello)
+            send_hello(peer, self._row_bytes, self._num_blocks, self._file)
         except OSError as error:
             peer.close()
             raise TransportError(f"cannot reach {address!r}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 
+import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21  # bytes; smaller tensors cannot hold one
@@ -23,3 +24,18 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
     # A refusal costs speed only.
     libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
     return tensor
+
+
+def private_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``torch.zeros`` on the CPU and on huge pages, which take memory when they are first touched.
+
+    Raises RuntimeError, as torch does, when the machine has not that much memory.
+    """
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    if num_bytes == 0:
+        return torch.zeros(shape, dtype=dtype)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise RuntimeError(f"cannot allocate {num_bytes} bytes: {error}") from error
+    return on_huge_pages(torch.frombuffer(memory, dtype=dtype).view(shape))

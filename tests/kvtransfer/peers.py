@@ -100,8 +100,9 @@ def spawner(kind: str, network: InProcessNetwork | None = None) -> Iterator[Spaw
         elif kind == "memory":
             rows = shared_zeros((num_blocks, row_bytes), torch.uint8).copy_(rows)
             factory = MemoryTransport.factory(rows, at.removeprefix(SCHEME) if at else None)
-        elif kind == "auto":
-            rows = shared_zeros((num_blocks, row_bytes), torch.uint8).copy_(rows)
+        elif kind in ("auto", "auto, private"):
+            if kind == "auto":
+                rows = shared_zeros((num_blocks, row_bytes), torch.uint8).copy_(rows)
             factory = auto_factory(rows, "127.0.0.1")
         peer = Peer(rows, factory, config or TransferConfig())
         peers.append(peer)

@@ -16,12 +16,10 @@ import torch
 
 from kernels.shared_memory import map_shared, shared_file, shared_zeros
 from kvtransfer import memory as memory_module
-from kvtransfer.auto import auto_factory
 from kvtransfer.events import BlocksSent, MessageRefused, SendFailed
 from kvtransfer.memory import MAX_UNACKED, SCHEME, MemoryTransport
 from kvtransfer.memory_frames import pack_offer, packet_socket, send_hello
 from kvtransfer.transport import Message, Operation, Rows, TransportError
-from kvtransfer.ucx import UCXTransport
 from tests.kvtransfer.peers import spawner, transfer
 
 BLOCKS, ROW = 8, 512
@@ -297,15 +295,6 @@ def test_more_than_the_machine_has_is_refused() -> None:
         shared_zeros((1 << 40, 1 << 20), torch.uint8)
 
 
-def test_other_memory_cannot_be_an_arena() -> None:
-    rows = torch.zeros(4, 512, dtype=torch.uint8)
-    with pytest.raises(TransportError, match="shared"):
-        MemoryTransport(rows)
-    transport = auto_factory(rows, "127.0.0.1")()
-    assert isinstance(transport, UCXTransport)
-    transport.shutdown()
-
-
 # The choice ------------------------------------------------------------------------------------
 
 
@@ -326,3 +315,13 @@ def test_memory_on_one_host_and_ucx_elsewhere() -> None:
         assert "memory" not in used[remote.address.decode()]
         remote.thread.send_blocks(b"memory:kvferry-nobody", 1, 0, [1], [1])
         assert "address" in remote.expect(SendFailed).reason
+
+
+def test_private_memory_receives_and_sends_over_ucx() -> None:
+    with spawner("auto") as spawn, spawner("auto, private") as spawn_private:
+        shared, private = spawn(64, ROW), spawn_private(64, ROW)
+        transfer(shared, private, 1, [1, 5, 2], [7, 8, 9])
+        transfer(private, shared, 2, [3, 6, 4], [3, 2, 1])
+        [[there], [back]] = [p.thread.snapshot().connections.values() for p in (shared, private)]
+        assert there == "memory/memfd"
+        assert "memory" not in back
