@@ -146,7 +146,7 @@ def decode(engine: Engine, weights: int, count: int, context: int, steps: int) -
 
     def step() -> None:
         batch = Batch(tuple(BatchRow(s, s.num_computed, 1) for s in running))
-        for sequence, token_id in zip(running, engine.run(batch), strict=True):
+        for sequence, token_id in zip(running, engine.run(batch).token_ids, strict=True):
             sequence.num_computed += 1
             sequence.token_ids.append(token_id)
 

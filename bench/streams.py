@@ -19,10 +19,18 @@ async def stream_all(url: str, bodies: Sequence[dict[str, Any]]) -> list[list[fl
     anything but 200, and TimeoutError.
     """
     async with asyncio.timeout(PATIENCE):
-        return await asyncio.gather(*(_stream(url, body) for body in bodies))
+        answers = await asyncio.gather(*(stream(url, body) for body in bodies))
+    for status, _ in answers:
+        if status != 200:
+            raise RuntimeError(f"{url} answered {status}")
+    return [arrivals for _, arrivals in answers]
 
 
-async def _stream(url: str, body: dict[str, Any]) -> list[float]:
+async def stream(url: str, body: dict[str, Any]) -> tuple[int, list[float]]:
+    """Send one request; the answer's status and the times of its events.
+
+    An event that tells of an error makes the status 500.
+    """
     where = urlsplit(url)
     content = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
@@ -32,13 +40,13 @@ async def _stream(url: str, body: dict[str, Any]) -> list[float]:
             f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode()
             + content
         )
-        status = await reader.readline()
-        if b" 200 " not in status:
-            raise RuntimeError(f"{status.decode().strip()}: {(await reader.read()).decode()}")
+        status = int((await reader.readline()).split()[1])
         arrivals = []
         while line := await reader.readline():
             if line.startswith(b"data: {"):
                 arrivals.append(time.perf_counter())
-        return arrivals
+            if line.startswith(b'data: {"error"'):
+                status = 500
+        return status, arrivals
     finally:
         writer.close()

@@ -16,7 +16,7 @@ import zmq.asyncio
 from prometheus_client import disable_created_metrics
 from rich.console import Console
 
-from cli import pools
+from cli import bench, plan, pools, profile
 from cli.options import (
     ApiKey,
     ApiKeyFile,
@@ -35,6 +35,7 @@ from cli.options import (
     MaxModelLen,
     MaxNumRequests,
     MaxNumSeqs,
+    MaxQueueTime,
     MaxRetries,
     Model,
     NumKVBlocks,
@@ -63,6 +64,9 @@ app = typer.Typer(
 
 
 app.add_typer(pools.app, name="pools")
+app.add_typer(bench.app, name="bench")
+app.command()(plan.plan)
+app.command()(profile.profile)
 
 
 @app.command()
@@ -78,6 +82,7 @@ def serve(
     insecure: Insecure = False,
     request_timeout: RequestTimeout = 600.0,
     max_num_requests: MaxNumRequests = 1024,
+    max_queue_time: MaxQueueTime = 30.0,
     max_retries: MaxRetries = 3,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -118,6 +123,7 @@ def serve(
             served_model_name=name,
             request_timeout=request_timeout,
             max_num_requests=max_num_requests,
+            max_queue_time=max_queue_time,
             max_retries=max_retries,
             insecure=insecure,
         ),
@@ -158,6 +164,7 @@ def router(
     insecure: Insecure = False,
     request_timeout: RequestTimeout = 600.0,
     max_num_requests: MaxNumRequests = 1024,
+    max_queue_time: MaxQueueTime = 30.0,
     max_retries: MaxRetries = 3,
     cluster_key_file: ClusterKey = None,
 ) -> None:
@@ -175,6 +182,7 @@ def router(
         insecure=insecure,
         request_timeout=request_timeout,
         max_num_requests=max_num_requests,
+        max_queue_time=max_queue_time,
         max_retries=max_retries,
     )
     _run(serve_router(config))

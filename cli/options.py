@@ -30,7 +30,11 @@ Insecure = Annotated[
 ]
 RequestTimeout = Annotated[float, typer.Option(help="Seconds a request may take.", min=1)]
 MaxNumRequests = Annotated[
-    int, typer.Option(help="Requests in flight before the router answers 429.", min=1)
+    int, typer.Option(help="Requests, waiting ones included, before a 429.", min=1)
+]
+MaxQueueTime = Annotated[
+    float,
+    typer.Option(help="Seconds a request may wait for its turn before it gets a 429.", min=0),
 ]
 MaxRetries = Annotated[
     int,

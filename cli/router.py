@@ -38,6 +38,7 @@ class RouterConfig:
     insecure: bool = False  # let everybody in, from other hosts too
     request_timeout: float = 600.0  # seconds
     max_num_requests: int = 1024
+    max_queue_time: float = 30.0  # seconds
     max_retries: int = 3
 
 
@@ -55,7 +56,7 @@ async def serve_router(config: RouterConfig) -> None:
         )
     key = read_cluster_key(config.cluster_key_file) if config.cluster_key_file else None
     text = TextModel.load(resolve_checkpoint(config.model, weights=False))
-    listening = _listen(config.host, config.port)
+    listening = listen(config.host, config.port)
     link = Server(config.control, key)
     metrics = CollectorRegistry()
     dispatcher = Dispatcher(
@@ -63,6 +64,7 @@ async def serve_router(config: RouterConfig) -> None:
         metrics,
         request_timeout=config.request_timeout,
         max_num_requests=config.max_num_requests,
+        max_queue_time=config.max_queue_time,
         max_retries=config.max_retries,
     )
     settings = RouterSettings(
@@ -103,8 +105,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket. Raises ConfigError when the address cannot be had."""
     try:
-        return socket.create_server((host, port), backlog=1024, reuse_port=False)
+        listening = socket.create_server((host, port), backlog=1024, reuse_port=False)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    # Connections inherit it. Without it a stream's first event waits for the acknowledgement of
+    # the head before it: 40 ms. (asyncio sets it only on sockets made with IPPROTO_TCP.)
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening

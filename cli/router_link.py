@@ -43,8 +43,8 @@ class WorkerRole(Protocol):
 class RouterLink:
     """``registration(session)`` describes the worker now; ``role`` gets all that is for it.
 
-    The work of a router is dropped when the router says that it has given it up, and when
-    nothing is heard of the router for ``SILENCE``.
+    The work of a router is dropped when the router says that it has given it up, when
+    nothing is heard of the router for ``SILENCE``, and when one of its messages is missing.
     """
 
     def __init__(
@@ -62,14 +62,18 @@ class RouterLink:
         self._role = role
         self._on_drain = on_drain
         self._session = 0
+        self._num_sent = 0  # messages about requests in this session
+        self._num_received = 0
         self._leaving = False
         self._interval = RETRY
         self._heard = 0.0  # time of the router's last message
         self._refused: float | None = None  # since when
 
     def send(self, message: Message) -> None:
-        """Queue a message for the router."""
-        self._client.send(message)
+        """Queue a message about a request, unless the router has lost the request meanwhile."""
+        if self.router_id is not None:
+            self._num_sent += 1
+            self._client.send(message)
 
     def leave(self) -> None:
         """Tell the router that the worker takes no new work."""
@@ -96,7 +100,10 @@ class RouterLink:
                 self._lose_router()
             registration = self._registration(self._session)
             if self.router_id is not None:
-                self._client.send(Heartbeat(epoch=registration.epoch, load=registration.load))
+                heartbeat = Heartbeat(
+                    epoch=registration.epoch, load=registration.load, num_sent=self._num_sent
+                )
+                self._client.send(heartbeat)
             elif not self._leaving:
                 self._client.send(registration)
             await asyncio.sleep(self._interval)
@@ -119,8 +126,9 @@ class RouterLink:
                 case Drain():
                     self._on_drain()
                 case RouterHeartbeat():
-                    pass
+                    self._check_received(message.num_sent)
                 case _ if self.router_id is not None:
+                    self._num_received += 1
                     self._role.from_router(self.router_id, message)
 
     def _lose_router(self) -> None:
@@ -130,9 +138,17 @@ class RouterLink:
         self._role.drop_router(self.router_id)
         self.router_id = None
         self._session += 1
+        self._num_sent = self._num_received = 0
         self._interval = RETRY
         if not self._leaving:
             self._client.send(self._registration(self._session))
+
+    def _check_received(self, num_sent: int) -> None:
+        """Messages about requests are lost when a connection breaks: begin anew."""
+        if self.router_id is not None and num_sent != self._num_received:
+            lost = num_sent - self._num_received
+            log.warning("%d messages of router %s were lost", lost, self.router_id)
+            self._lose_router()
 
     def _check_refusal(self, reason: str) -> None:
         if self._refused is None:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
-from cli.addresses import is_local, worker_addresses
+from cli.addresses import is_local, is_loopback, worker_addresses
 from cli.router_link import RouterLink
 from cli.worker_metrics import WorkerCollector
+from cli.worker_status import Readiness, serve_status
 from decode.scheduler import DecodeScheduler
 from decode.worker import DecodeWorker
 from engine.block_pool import BlockPool
@@ -66,6 +67,11 @@ class WorkerProcess:
         self._addresses = worker_addresses(config.routers[0], config.host, config.worker_id)
         if self._key is None and not is_local(config.routers[0]):
             raise ConfigError("links between hosts are encrypted: give --cluster-key-file")
+        if self._key is None and not is_loopback(self._addresses.host):
+            raise ConfigError(
+                f"--host {self._addresses.host} is reachable from other hosts: give "
+                "--cluster-key-file, so that workers can prove themselves to one another"
+            )
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[None] = self._loop.create_future()
         self._leave = asyncio.Event()
@@ -73,7 +79,11 @@ class WorkerProcess:
         self._engine = Engine.load(config.engine)
         host, rows = self._addresses.host, self._engine.rows
         auto = config.transport == "auto"
-        factory = auto_factory(rows, host) if auto else UCXTransport.factory(host)
+        factory = (
+            auto_factory(rows, host, self._key)
+            if auto
+            else UCXTransport.factory(host, cluster_key=self._key)
+        )
         self._transfer = TransferThread(rows, factory, self._on_transfer)
         self._transfer.start()
         if config.require_transport:
@@ -87,7 +97,8 @@ class WorkerProcess:
         self._role = self._build_role(metrics)
         row_bytes = self._engine.geometry.row_bytes
         metrics.register(WorkerCollector(self._role, self._pool, row_bytes, self._transfer))
-        self._metrics_url = _serve_metrics(self._addresses.host, config.metrics_port, metrics)
+        readiness = Readiness(self._transfer, self._engine_thread)
+        self._metrics_url = serve_status(host, config.metrics_port, metrics, readiness)
         self._links = [
             RouterLink(
                 router,
@@ -174,6 +185,7 @@ class WorkerProcess:
             ),
             self._engine.fingerprint,
             epoch=self._epoch,
+            vocab_size=self._engine.model_config.vocab_size,
             peers=self._peers,
             send=self._send,
         )
@@ -223,11 +235,3 @@ async def serve_worker(config: WorkerConfig) -> None:
         await worker.run()
     finally:
         worker.close()
-
-
-def _serve_metrics(host: str, port: int, registry: CollectorRegistry) -> str:
-    try:
-        server, _ = start_http_server(port, host, registry)
-    except OSError as error:
-        raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
-    return f"http://{host}:{server.server_port}/metrics"

@@ -8,7 +8,8 @@ An event goes in, actions come out; the clock is passed in, nothing is sent or a
 Blocks are reserved before prefill computes. They are written only while the grant is OPEN, and
 given back only once the transport has confirmed (Closed) that no receive into them is left: a
 timeout alone frees nothing. What prefill has heard no answer to it repeats, and gets the same
-answer. Blocks that do not verify are never read: the sequence is computed anew from its token ids.
+answer. Blocks that do not verify, or never come, are not read: the sequence is computed anew from
+its token ids.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import secrets
 from collections.abc import Callable
 from typing import assert_never
 
+from decode.acceptances import Acceptances
 from decode.admission_events import (
     Abandon,
     Action,
@@ -47,14 +49,14 @@ from protocol.errors import (
 )
 from protocol.geometry import Fingerprint
 from protocol.messages import (
-    Accepted,
-    Grant,
     GrantRefused,
     GrantRequest,
     Handoff,
     RequestFailed,
     Revoke,
 )
+
+LATE_BLOCKS = 2.0  # seconds that blocks may come after the Handoff, or after one another then
 
 
 class Admission:
@@ -70,6 +72,7 @@ class Admission:
         fingerprint: Fingerprint,
         epoch: int,
         *,
+        vocab_size: int,
         headroom: Callable[[], int | None],
         grant_timeout: float = 30.0,
         max_pending: int = 1024,
@@ -78,17 +81,23 @@ class Admission:
         self._pool = pool
         self._fingerprint = fingerprint
         self._epoch = epoch
+        self._vocab_size = vocab_size
         self._headroom = headroom
         self._grant_timeout = grant_timeout
         self._max_pending = max_pending
         self._new_grant_id = new_grant_id
         self._by_request: dict[str, OpenGrant] = {}  # PENDING and OPEN, oldest first
         self._by_id: dict[int, OpenGrant] = {}  # OPEN and CLOSING
-        self._accepted: dict[str, tuple[bytes, int]] = {}  # the latest: request to peer, grant id
+        self._acceptances = Acceptances(max_pending)
         self.leaving = False  # no new grants
         self.num_expired = 0
         self.num_stale = 0  # hand-offs without a grant, requests to a former incarnation
         self.integrity_failures: dict[str, int] = {}  # by reason
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that wait for a grant or have an open one."""
+        return len(self._by_request)
 
     @property
     def num_open(self) -> int:
@@ -134,9 +143,9 @@ class Admission:
             case GrantRequest():
                 return self._requested(peer, message, now)
             case Handoff():
-                return self._offered(peer, message)
-            case Revoke():  # once accepted, the request is no longer prefill's to end
-                return self._drop(message.request_id)
+                return self._offered(peer, message, now)
+            case Revoke():
+                return self._revoked(peer, message)
             case _:
                 assert_never(message)
 
@@ -145,7 +154,9 @@ class Admission:
     def _requested(self, peer: bytes, request: GrantRequest, now: float) -> list[Action]:
         known = self._by_request.get(request.request_id)
         if known is not None and known.peer == peer:  # it has not heard the answer
-            return [self._granted(known, now)] if known.state is GrantState.OPEN else []
+            if known.state is GrantState.PENDING:
+                return []
+            return [Reply(peer, known.message(self._epoch, now))]
         error = self._refusal(request)
         if error is not None:
             refusal = GrantRefused(
@@ -153,7 +164,11 @@ class Admission:
             )
             return [Reply(peer, refusal)]
         sequence = Sequence(
-            request.request_id, request.token_ids, request.num_prompt_tokens, request.sampling
+            request.request_id,
+            request.token_ids,
+            request.num_prompt_tokens,
+            request.sampling,
+            cache_salt=request.cache_salt,
         )
         deadline = now + request.timeout
         grant = OpenGrant(0, peer, request.router_id, sequence, deadline, expires=deadline)
@@ -168,7 +183,9 @@ class Admission:
             return ProtocolError(f"request {request.request_id} has a grant already")
         if len(self._by_request) >= self._max_pending:
             return OverloadedError(f"{self._max_pending} requests wait for KV blocks")
-        return objection(request, self._pool, self._fingerprint, self._epoch)
+        if self._fingerprint != request.fingerprint:
+            self._count_failure("fingerprint")
+        return objection(request, self._pool, self._fingerprint, self._epoch, self._vocab_size)
 
     def _grant_pending(self, now: float) -> list[Action]:
         """Reserve blocks for waiting requests, first come first served, while there is room."""
@@ -180,19 +197,9 @@ class Admission:
             grant.grant_id = self._unused_grant_id()
             grant.expires = min(grant.deadline, now + self._grant_timeout)
             self._by_id[grant.grant_id] = grant
-            actions += [OpenReceive(grant.grant_id, grant.blocks), self._granted(grant, now)]
+            told = Reply(grant.peer, grant.message(self._epoch, now))
+            actions += [OpenReceive(grant.grant_id, grant.blocks), told]
         return actions
-
-    def _granted(self, grant: OpenGrant, now: float) -> Reply:
-        message = Grant(
-            request_id=grant.sequence.request_id,
-            grant_id=grant.grant_id,
-            epoch=self._epoch,
-            num_cached_tokens=grant.sequence.num_computed,
-            blocks=grant.blocks,
-            expires_in=grant.expires - now,
-        )
-        return Reply(grant.peer, message)
 
     def _reserve(self, grant: OpenGrant) -> bool:
         sequence, headroom = grant.sequence, self._headroom()
@@ -206,53 +213,51 @@ class Admission:
         if grant is None or grant.state is not GrantState.OPEN:
             return []
         grant.digests.update(enumerate(event.digests, start=event.first))
-        grant.expires = min(grant.deadline, now + self._grant_timeout)
+        patience = LATE_BLOCKS if grant.handoff else self._grant_timeout
+        grant.expires = min(grant.deadline, now + patience)
         return self._admit_if_complete(grant)
 
-    def _offered(self, peer: bytes, handoff: Handoff) -> list[Action]:
-        if self._accepted.get(handoff.request_id) == (peer, handoff.grant_id):
-            return [self._acceptance(peer, handoff)]  # it has not heard the answer
+    def _offered(self, peer: bytes, handoff: Handoff, now: float) -> list[Action]:
+        answer = self._acceptances.repeat(peer, handoff)
+        if answer is not None:
+            return [Reply(peer, answer)]
         grant = self._by_request.get(handoff.request_id)
-        if grant is None or grant.state is not GrantState.OPEN:
+        if grant is None or grant.state is not GrantState.OPEN or grant.peer != peer:
             self.num_stale += 1
             return []
-        terms = (
-            ("peer", grant.peer, peer),
-            ("grant_id", grant.grant_id, handoff.grant_id),
-            ("epoch", self._epoch, handoff.epoch),
-            ("num_tokens", grant.sequence.num_tokens, handoff.num_tokens),
-            ("digests", len(grant.blocks), len(handoff.digests)),
-        )
-        error = disagreement(terms)
+        error = disagreement(grant, handoff, self._epoch, self._vocab_size)
         if error is not None:
-            self.integrity_failures["handoff"] = self.integrity_failures.get("handoff", 0) + 1
+            self._count_failure("handoff")
             return [*self._drop(handoff.request_id), self._failed(grant, error)]
-        grant.handoff = handoff
+        if grant.handoff is None:  # everything was sent: what is missing must be close behind
+            grant.handoff = handoff
+            grant.expires = min(grant.expires, now + LATE_BLOCKS)
         return self._admit_if_complete(grant)
 
     def _admit_if_complete(self, grant: OpenGrant) -> list[Action]:
         handoff = grant.handoff
         if handoff is None or len(grant.digests) < len(grant.blocks):
             return []
+        if any(grant.digests[i] != digest for i, digest in enumerate(handoff.digests)):
+            return self._admit(grant, handoff, failure="digest")
+        return self._admit(grant, handoff)
+
+    def _admit(
+        self, grant: OpenGrant, handoff: Handoff, failure: str | None = None
+    ) -> list[Action]:
+        """Let decode have the sequence; after a failure it computes everything anew."""
         sequence = grant.sequence
-        intact = all(grant.digests[i] == digest for i, digest in enumerate(handoff.digests))
-        if intact:
+        if failure is None:
             sequence.num_computed = sequence.num_tokens
             self._pool.publish(sequence, 0)
             grant.sequence = without_blocks(sequence)  # the blocks now belong to the sequence
         else:
-            self.integrity_failures["digest"] = self.integrity_failures.get("digest", 0) + 1
+            self._count_failure(failure)
             sequence = without_blocks(sequence)  # the blocks stay with the closing grant
         sequence.token_ids.append(handoff.first_token)
-        self._accepted[sequence.request_id] = grant.peer, grant.grant_id
-        if len(self._accepted) > self._max_pending:
-            del self._accepted[next(iter(self._accepted))]
+        answer = self._acceptances.accept(grant.peer, handoff)
         admit = Admit(sequence, grant.router_id, grant.deadline)
-        return [*self._close(grant), admit, self._acceptance(grant.peer, handoff)]
-
-    def _acceptance(self, peer: bytes, handoff: Handoff) -> Reply:
-        accepted = Accepted(request_id=handoff.request_id, grant_id=handoff.grant_id)
-        return Reply(peer, accepted)
+        return [*self._close(grant), admit, Reply(grant.peer, answer)]
 
     # Ends ------------------------------------------------------------------------------------
 
@@ -262,6 +267,14 @@ class Admission:
             return []
         error = WorkerLostError(f"KV transfer failed: {event.reason}")
         return [*self._close(grant), self._failed(grant, error)]
+
+    def _revoked(self, peer: bytes, revoke: Revoke) -> list[Action]:
+        """Once accepted, the request is no longer prefill's to end."""
+        grant = self._by_request.get(revoke.request_id)
+        if grant is not None and grant.peer == peer:
+            return self._close(grant)
+        self.num_stale += grant is not None
+        return []
 
     def _drop(self, request_id: str) -> list[Action]:
         grant = self._by_request.get(request_id)
@@ -285,10 +298,16 @@ class Admission:
     def _expire(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for grant in [g for g in self._by_request.values() if now >= g.expires]:
+            if grant.handoff is not None and now < grant.deadline:
+                actions += self._admit(grant, grant.handoff, failure="missing")
+                continue
             self.num_expired += 1
             error = grant.expiry(now)
             actions += [*self._close(grant), self._failed(grant, error)]
         return actions
+
+    def _count_failure(self, reason: str) -> None:
+        self.integrity_failures[reason] = self.integrity_failures.get(reason, 0) + 1
 
     def _failed(self, grant: OpenGrant, error: KvferryError) -> Report:
         request_id = grant.sequence.request_id

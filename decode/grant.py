@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 from engine.sequence import Sequence
 from protocol.errors import DeadlineError, KvferryError, WorkerLostError
-from protocol.messages import Handoff
+from protocol.messages import Grant, Handoff
 
 
 class GrantState(Enum):
@@ -33,6 +33,17 @@ class OpenGrant:
     digests: dict[int, int] = field(default_factory=dict)  # of received blocks, by position
     handoff: Handoff | None = None
 
+    def message(self, epoch: int, now: float) -> Grant:
+        """What prefill is told of it."""
+        return Grant(
+            request_id=self.sequence.request_id,
+            grant_id=self.grant_id,
+            epoch=epoch,
+            num_cached_tokens=self.sequence.num_computed,
+            blocks=self.blocks,
+            expires_in=self.expires - now,
+        )
+
     def expiry(self, now: float) -> KvferryError:
         """Why the grant ends at its expiry."""
         if now >= self.deadline:
@@ -48,4 +59,5 @@ def without_blocks(sequence: Sequence) -> Sequence:
         list(sequence.token_ids),
         sequence.num_prompt_tokens,
         sequence.sampling,
+        cache_salt=sequence.cache_salt,
     )

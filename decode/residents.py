@@ -22,6 +22,9 @@ class Residents:
     def __len__(self) -> int:
         return len(self._residents)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._residents
+
     def add(self, request_id: str, resident: Resident) -> None:
         """A sequence was admitted."""
         self._residents[request_id] = resident

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+from decode.grant import OpenGrant
 from engine.block_pool import BlockPool
 from protocol.errors import ContextLengthError, KvferryError, ProtocolError, WorkerLostError
 from protocol.geometry import Fingerprint
-from protocol.messages import GrantRequest
+from protocol.messages import GrantRequest, Handoff
 
 
 def objection(
-    request: GrantRequest, pool: BlockPool, fingerprint: Fingerprint, epoch: int
+    request: GrantRequest, pool: BlockPool, fingerprint: Fingerprint, epoch: int, vocab_size: int
 ) -> KvferryError | None:
     """Why this worker, of this ``epoch``, can never take the request; None if it can."""
     if request.epoch != epoch:
@@ -19,6 +18,9 @@ def objection(
     difference = fingerprint.difference(request.fingerprint)
     if difference is not None:
         return ProtocolError(f"the workers' KV does not fit: {difference}")
+    largest = max(request.token_ids)
+    if largest >= vocab_size:
+        return ProtocolError(f"token id {largest} with a vocabulary of {vocab_size}")
     # A sequence alone in the pool must be able to reach its end; its last token needs no KV.
     most_tokens = request.num_prompt_tokens + request.sampling.max_tokens - 1
     needed = pool.blocks_for(most_tokens)
@@ -28,8 +30,17 @@ def objection(
     return None
 
 
-def disagreement(terms: Iterable[tuple[str, object, object]]) -> ProtocolError | None:
-    """The first (name, expected, found) of a hand-off in which the two differ, as an error."""
+def disagreement(
+    grant: OpenGrant, handoff: Handoff, epoch: int, vocab_size: int
+) -> ProtocolError | None:
+    """The first term in which a hand-off differs from its grant, as an error; None if it fits."""
+    terms = (
+        ("grant_id", grant.grant_id, handoff.grant_id),
+        ("epoch", epoch, handoff.epoch),
+        ("num_tokens", grant.sequence.num_tokens, handoff.num_tokens),
+        ("digests", len(grant.blocks), len(handoff.digests)),
+        ("first_token in the vocabulary", True, handoff.first_token < vocab_size),
+    )
     for name, expected, found in terms:
         if expected != found:
             return ProtocolError(f"hand-off refused: {name} is {found!r}, expected {expected!r}")

@@ -35,11 +35,12 @@ from decode.admission_events import (
 )
 from decode.residents import Resident, Residents
 from decode.scheduler import DecodeScheduler, NewToken
+from engine.batch import StepOutput
 from engine.block_pool import BlockPool
 from engine.thread import EngineThread
 from kvtransfer import events
 from kvtransfer.thread import TransferThread
-from protocol.errors import DeadlineError
+from protocol.errors import DeadlineError, InvalidRequestError
 from protocol.geometry import Fingerprint
 from protocol.link import Server
 from protocol.messages import (
@@ -70,6 +71,7 @@ class DecodeWorker:
         fingerprint: Fingerprint,
         *,
         epoch: int,
+        vocab_size: int,
         peers: Server,
         send: Callable[[str, Message], None],
     ) -> None:
@@ -78,7 +80,11 @@ class DecodeWorker:
         self._scheduler = scheduler
         self._pool: BlockPool = scheduler.pool
         self._admission = Admission(
-            scheduler.pool, fingerprint, epoch, headroom=lambda: scheduler.headroom
+            scheduler.pool,
+            fingerprint,
+            epoch,
+            vocab_size=vocab_size,
+            headroom=lambda: scheduler.headroom,
         )
         self._peers = peers
         self._send = send
@@ -88,6 +94,8 @@ class DecodeWorker:
     def load(self) -> WorkerLoad:
         """What the router is told."""
         return WorkerLoad(
+            max_num_seqs=self._scheduler.max_num_seqs,
+            num_promised=self._admission.num_requests + len(self._residents),
             num_running=len(self._scheduler.running),
             num_waiting=self._scheduler.num_waiting,
             free_blocks=self._pool.num_free,
@@ -166,33 +174,41 @@ class DecodeWorker:
                 self._handle(ReceiveFailed(event.grant_id, event.reason))
             case events.GrantClosed():
                 self._handle(Closed(event.grant_id))
+            case events.MessageRefused():
+                log.debug("refused by the transfer: %s", event)  # which counts them
             case _:
                 log.warning("unexpected %s from the transfer", type(event).__name__)
 
     async def _steps(self) -> None:
         news: list[NewToken] = []
+        output = StepOutput([])  # of the last step
         while True:
             self._wake.clear()
             batch = self._scheduler.schedule()
             step = self._engine.run(batch) if batch.rows else None
             if news:  # told while the engine computes the next step
-                self._publish(news)
+                self._publish(news, output)
                 self._handle(Tick())  # finished sequences made room for grants
             if step is not None:
-                news = self._scheduler.commit(await step)
+                output = await step
+                for request_id, reason in output.failures.items():
+                    self._give_up(request_id, InvalidRequestError.code, reason)
+                news = self._scheduler.commit(output.token_ids)
             else:
                 news = []
                 await self._wake.wait()
 
-    def _publish(self, news: list[NewToken]) -> None:
+    def _publish(self, news: list[NewToken], output: StepOutput) -> None:
         by_router: defaultdict[str, list[TokenUpdate]] = defaultdict(list)
         for new in news:
             request_id = new.sequence.request_id
+            logprobs = output.logprobs.get(request_id)
             update = TokenUpdate(
                 request_id=request_id,
                 index=new.sequence.num_output_tokens - 1,
                 token_ids=[new.token_id],
                 finish_reason=new.finish_reason,
+                logprobs=None if logprobs is None else [logprobs],
             )
             by_router[self._residents.get(request_id).router_id].append(update)
             if new.finish_reason is not None:
@@ -209,7 +225,12 @@ class DecodeWorker:
     def _expire(self, now: float) -> None:
         for request_id in self._residents.expired(now):
             message = "the request's deadline passed while it generated"
-            failed = RequestFailed(request_id=request_id, code=DeadlineError.code, message=message)
+            self._give_up(request_id, DeadlineError.code, message)
+
+    def _give_up(self, request_id: str, code: str, message: str) -> None:
+        """Fail a request, unless it is over."""
+        if request_id in self._residents:
+            failed = RequestFailed(request_id=request_id, code=code, message=message)
             self._send(self._residents.get(request_id).router_id, failed)
             self._drop(request_id)
 
@@ -221,6 +242,8 @@ class DecodeWorker:
         while True:
             peer, message = await self._peers.receive()
             if isinstance(message, GrantRequest | Handoff | Revoke):
+                if isinstance(message, GrantRequest):
+                    self._engine.expect(message.sampling)
                 self._handle(FromPeer(peer, message))
             else:
                 log.warning("unexpected %s from prefill", type(message).__name__)

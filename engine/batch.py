@@ -1,10 +1,15 @@
-"""What a scheduler hands to the engine: rows of sequence and token count. Imports no torch."""
+"""What a scheduler hands to the engine, rows of sequence and token count, and what comes back.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
+from protocol.sampling import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,14 @@ class BatchRow:
         """Whether this row reaches the last known token and so yields a new one."""
         return self.end == self.sequence.num_tokens
 
+    @property
+    def scored_tokens(self) -> list[int]:
+        """The prompt tokens after this row's first ones, if their logprobs are wanted."""
+        sequence = self.sequence
+        if not sequence.scores_prompt:
+            return []
+        return sequence.token_ids[self.start + 1 : self.end + 1]
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -41,3 +54,13 @@ class Batch:
     def sampling_rows(self) -> tuple[BatchRow, ...]:
         """The rows that yield a token, in order."""
         return tuple(row for row in self.rows if row.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step gave. What only some requests ask for is found by their ids."""
+
+    token_ids: list[int]  # one for each sampling row, in order
+    logprobs: Mapping[str, TokenLogprobs] = field(default_factory=dict)  # of those tokens
+    prompt_logprobs: Mapping[str, list[TokenLogprobs]] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)  # why the sampled token is void

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Blocks
 
 from engine.sequence import Sequence
-from protocol.hashing import hash_block
+from protocol.hashing import hash_block, hash_root
 
 
 class BlockPool:
@@ -111,7 +111,8 @@ class BlockPool:
             self.block_size,
         ):
             tokens = sequence.token_ids[start : start + self.block_size]
-            hashes.append(hash_block(hashes[-1] if hashes else b"", tokens, self._salt))
+            previous = hashes[-1] if hashes else hash_root(sequence.cache_salt)
+            hashes.append(hash_block(previous, tokens, self._salt))
 
     def publish(self, sequence: Sequence, computed_before: int) -> None:
         """Make blocks findable that became full since ``computed_before`` tokens were computed.

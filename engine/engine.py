@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import Batch, StepOutput
 from engine.checkpoint import resolve_checkpoint
 from engine.config import ModelConfig
+from engine.grammar import Grammars
 from engine.memory import check_budget, gpu_budget, host_budget, size_text, step_workspace
 from engine.model import Model
 from engine.model_runner import ModelRunner
@@ -37,6 +38,7 @@ from kernels.linear import Weight
 from kernels.shared_memory import shared_zeros
 from protocol.errors import ConfigError
 from protocol.geometry import Fingerprint, KVDtype, KVGeometry
+from protocol.sampling import Grammar
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class Engine:
         max_model_len: int,
         rows: Tensor,
         runner: ModelRunner,
+        grammars: Grammars,
         trace: StepTrace | None,
     ) -> None:
         self.model_config = model_config
@@ -100,6 +103,7 @@ class Engine:
         self.num_blocks = len(rows)
         self.rows = rows
         self._runner = runner
+        self._grammars = grammars
         self._trace = trace
 
     @classmethod
@@ -124,7 +128,8 @@ class Engine:
         num_blocks = _num_blocks(config, model, geometry, device, graph_rows)
         check_budget(geometry, num_blocks, max_model_len)
         arena = _arena(geometry, num_blocks + bool(graph_rows), device, shared=config.shared_kv)
-        runner = ModelRunner(model, arena, graph_rows)
+        grammars = Grammars(folder, model_config.vocab_size, model_config.eos_token_ids)
+        runner = ModelRunner(model, arena, graph_rows, grammars)
         runner.capture()
         log.info(
             "loaded %s on %s in %s: %d KV blocks of %d tokens, %s",
@@ -143,6 +148,7 @@ class Engine:
             max_model_len,
             arena[:num_blocks].view(num_blocks, -1),
             runner,
+            grammars,
             StepTrace(config.profile, config.profile_steps) if config.profile else None,
         )
 
@@ -151,14 +157,18 @@ class Engine:
         """Separates block hashes of models that must not share KV; 64 bytes."""
         return hashlib.blake2b(self.fingerprint.model_dump_json().encode()).digest()
 
-    def run(self, batch: Batch) -> list[int]:
+    def expect(self, grammar: Grammar) -> None:
+        """Begin to compile a grammar: a step that needs it waits for it. From any thread."""
+        self._grammars.expect(grammar)
+
+    def run(self, batch: Batch) -> StepOutput:
         """Write the KV of every row's tokens; one new token per sampling row, in batch order."""
         if self._trace is None:
             return self._runner.run(batch)
         self._trace.before_step()
-        token_ids = self._runner.run(batch)
+        output = self._runner.run(batch)
         self._trace.after_step()
-        return token_ids
+        return output
 
     @property
     def phase_seconds(self) -> Mapping[str, float]:

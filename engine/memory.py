@@ -28,6 +28,8 @@ EVERY_FILTER = SamplingParams(  # the sampling that needs the most memory
     repetition_penalty=1.1,
     presence_penalty=0.1,
     frequency_penalty=0.1,
+    logprobs=20,
+    prompt_logprobs=20,
 )
 
 

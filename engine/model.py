@@ -31,7 +31,7 @@ class StepInput:
     token_ids: Tensor  # int64 [tokens]
     positions: Tensor  # int64 [tokens]
     slots: Tensor  # int64 [tokens]: block * block_size + offset, where the token's KV goes
-    sampled: Tensor  # int64 [sampling rows]: indices of the tokens that need logits
+    sampled: Tensor  # int64 [sampled]: indices of the tokens that need logits
     num_decode: int  # rows with a single new token
     decode: AttentionMetadata | None  # of those rows; None when there are none
     prefill: AttentionMetadata | None  # of the other rows; None when there are none
@@ -52,7 +52,17 @@ class Model:
         self._sin = sin.to(weights.norm.device)
 
     def forward(self, step: StepInput, kv: Tensor) -> Tensor:
-        """Logits, float32 [sampling rows, vocab].
+        """Logits of the sampled tokens, float32 [sampled, vocab]; ``kv`` as in ``hidden``."""
+        return self.logits(self.hidden(step, kv))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of final hidden states [tokens, hidden]: float32 [tokens, vocab]."""
+        if len(hidden) == 0:  # chunks in the middle of their prompts
+            return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        return linear(hidden, self._weights.head).float()
+
+    def hidden(self, step: StepInput, kv: Tensor) -> Tensor:
+        """The final hidden states of the sampled tokens, [sampled, hidden].
 
         ``kv`` is the arena, [blocks, kv heads, layers, 2, block_size, head_dim]; the step's slots
         are written.
@@ -70,10 +80,10 @@ class Model:
             x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps)
             branch = linear(silu_mul(linear(x, layer.gate_up)), layer.down)
         assert branch is not None
-        if len(step.sampled) == 0:  # chunks in the middle of their prompts
-            return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        if len(step.sampled) == 0:
+            return residual[:0]
         x, _ = add_rms_norm(branch[step.sampled], residual[step.sampled], self._weights.norm, eps)
-        return linear(x, self._weights.head).float()
+        return x
 
     def _attention(
         self,

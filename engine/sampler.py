@@ -1,7 +1,7 @@
 """Chooses each row's next token. Stateless: random numbers depend on (seed, position) alone.
 
-Order, that of transformers: min_tokens, repetition penalty, frequency and presence penalty, and
-then, in ``kernels.sampling``, temperature, top-k, top-p and min-p.
+Order, that of transformers: bias, min_tokens, repetition penalty, frequency and presence penalty,
+grammar, and then, in ``kernels.sampling``, temperature, top-k, top-p and min-p.
 """
 
 from __future__ import annotations
@@ -13,28 +13,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.grammar import Masks
 from engine.sequence import Sequence
-from kernels.sampling import SamplingMetadata, sample_tokens
+from kernels.sampling import SamplingMetadata, forbid_unset, sample_tokens
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow
 
 
-def sample(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """The next token of each sequence from ``logits``, float32 [rows, vocab]; may change them."""
+def sample(logits: Tensor, sequences: Rows[Sequence], masks: Masks | None = None) -> list[int]:
+    """The next token of each sequence from ``logits``, float32 [rows, vocab]; may change them.
+
+    ``masks`` holds what the sequences' grammars allow, if any has one.
+    """
     if not sequences:
         return []
+    _add_bias(logits, sequences)
     _forbid_early_stops(logits, sequences)
     _penalize(logits, sequences)
+    if masks is not None:
+        rows, bits = torch.tensor(masks.rows), torch.from_numpy(masks.bits)
+        forbid_unset(logits, rows.to(logits.device), bits.to(logits.device))
     chosen: list[int] = sample_tokens(logits, _metadata(logits, sequences)).tolist()
     return chosen
 
 
+def _add_bias(logits: Tensor, sequences: Rows[Sequence]) -> None:
+    """Add each row's ``logit_bias``, in place; a token named twice gains both."""
+    entries = [
+        (row, token, bias)
+        for row, sequence in enumerate(sequences)
+        for token, bias in sequence.sampling.logit_bias
+        if token < logits.shape[1]
+    ]
+    if entries:
+        rows, tokens, biases = zip(*entries, strict=True)
+        where = torch.tensor((rows, tokens), device=logits.device)
+        logits.index_put_((where[0], where[1]), logits.new_tensor(biases), accumulate=True)
+
+
 def _forbid_early_stops(logits: Tensor, sequences: Rows[Sequence]) -> None:
-    """Before its ``min_tokens`` a row samples none of its stop tokens."""
+    """Before its ``min_tokens`` a row samples none of its stop tokens; masks say so themselves."""
     stops = [
         (row, token)
         for row, sequence in enumerate(sequences)
         if sequence.num_output_tokens < sequence.sampling.min_tokens
+        and sequence.sampling.grammar is None
         for token in sequence.sampling.stop_token_ids
         if token < logits.shape[1]
     ]

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.messages import FinishReason
-from protocol.sampling import SamplingParams
+from protocol.sampling import SamplingParams, TokenLogprobs
 
 Blocks = NDArray[np.int32]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """Tokens, blocks and progress of one request. Owned by one scheduler at a time.
 
@@ -29,10 +29,12 @@ class Sequence:
     sampling: SamplingParams
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, as far as known
+    cache_salt: str = ""  # of the hashes
     num_computed: int = 0
     num_cached: int = 0  # tokens found in the prefix cache when its blocks were reserved
     arrival: int = 0  # order of admission on this worker
     recomputed: bool = False  # KV that existed before is computed again here
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of tokens 1, 2, ...
     num_given_tokens: int = field(init=False)  # known when the sequence came to this worker
     _copied_table: list[int] | None = field(default=None, init=False, repr=False)
     _copy: Blocks = field(init=False, repr=False)  # of its first _num_copied entries, then room
@@ -52,6 +54,20 @@ class Sequence:
         """Tokens generated so far, by whichever worker."""
         return len(self.token_ids) - self.num_prompt_tokens
 
+    def all_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """What comes with the first output token: every prompt token's, None for the first one.
+
+        None when they are not wanted, or a former worker has told them.
+        """
+        if self.sampling.prompt_logprobs is None or self.num_output_tokens != 1:
+            return None
+        return [None, *self.prompt_logprobs]
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its prompt's logprobs are wanted, for which all of the prompt is computed."""
+        return self.sampling.prompt_logprobs is not None and self.num_output_tokens == 0
+
     def blocks(self) -> Blocks:
         """The block table as an array; a call copies only what has come since the last one."""
         table = self.block_table
@@ -69,7 +85,9 @@ class Sequence:
         if self.num_output_tokens == 0:
             return None
         stops = self.token_ids[-1] in self.sampling.stop_token_ids
-        if stops and self.num_output_tokens >= self.sampling.min_tokens:
+        # A grammar may leave nothing but the end before ``min_tokens``.
+        ended = self.sampling.grammar is not None
+        if stops and (ended or self.num_output_tokens >= self.sampling.min_tokens):
             return "stop"
         if self.num_output_tokens >= self.sampling.max_tokens:
             return "length"

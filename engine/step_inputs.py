@@ -26,7 +26,11 @@ def decode_inputs(rows: Rows[BatchRow], block_size: int) -> tuple[list[int], lis
 
 
 def step_input(batch: Batch, block_size: int, device: torch.device) -> StepInput:
-    """Of any batch: rows of one new token first, then the others."""
+    """Of any batch: rows of one new token first, then the others.
+
+    Logits are needed of each sampling row's last token, and then of the tokens that predict the
+    rows' ``scored_tokens``, row by row.
+    """
     decode = [row for row in batch.rows if row.num_tokens == 1]
     prefill = [row for row in batch.rows if row.num_tokens > 1]
     inputs = np.empty((3, batch.num_tokens), np.int64)  # token ids, positions, slots
@@ -39,14 +43,16 @@ def step_input(batch: Batch, block_size: int, device: torch.device) -> StepInput
         indices, offsets = np.divmod(positions, block_size)
         slots[:] = row.sequence.blocks()[indices].astype(np.int64) * block_size + offsets
         start += row.num_tokens
-    ends = accumulate(row.num_tokens for row in (*decode, *prefill))
-    last = {id(row): end - 1 for row, end in zip((*decode, *prefill), ends, strict=True)}
+    starts = accumulate((row.num_tokens for row in (*decode, *prefill)), initial=0)
+    first = {id(row): start for row, start in zip((*decode, *prefill), starts, strict=False)}
+    sampled = [first[id(row)] + row.num_tokens - 1 for row in batch.sampling_rows]
+    scored = [first[id(row)] + i for row in batch.rows for i in range(len(row.scored_tokens))]
     on_device = torch.from_numpy(inputs).to(device)
     return StepInput(
         token_ids=on_device[0],
         positions=on_device[1],
         slots=on_device[2],
-        sampled=_int64([last[id(row)] for row in batch.sampling_rows], device),
+        sampled=_int64([*sampled, *scored], device),
         num_decode=len(decode),
         decode=_metadata(decode, device),
         prefill=_metadata(prefill, device),

@@ -10,15 +10,20 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from engine.batch import Batch
+from engine.batch import Batch, StepOutput
 from engine.sequence import Sequence
+from protocol.sampling import Grammar, SamplingParams
 
 
 class Runs(Protocol):
     """What computes a batch: ``Engine``, or a stand-in where no model is wanted."""
 
-    def run(self, batch: Batch) -> list[int]:
+    def run(self, batch: Batch) -> StepOutput:
         """One new token for each of the batch's sampling rows, in order."""
+        ...
+
+    def expect(self, grammar: Grammar) -> None:
+        """Begin to compile a grammar that a later batch needs."""
         ...
 
     @property
@@ -47,7 +52,9 @@ class EngineThread:
             registry=registry,
             buckets=(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2),
         )
-        self._ended = 0.0  # time.perf_counter() of the last step's end
+        self._started: float | None = None  # time.perf_counter() of the running step's start
+        self._ended = 0.0  # and of the last step's end
+        self.longest = 0.0  # seconds of the longest step that has ended
         self._last_sequences: set[Sequence] = set()  # of the last step
         self._prompt_tokens = Counter(
             "kvferry_prompt_tokens_computed",
@@ -63,18 +70,32 @@ class EngineThread:
             "kvferry_generation_tokens", "Tokens sampled by this worker", registry=registry
         )
 
-    def run(self, batch: Batch) -> Awaitable[list[int]]:
+    def expect(self, sampling: SamplingParams) -> None:
+        """Prepare what a request needs before its first step."""
+        if sampling.grammar is not None:
+            self._engine.expect(sampling.grammar)
+
+    def run(self, batch: Batch) -> Awaitable[StepOutput]:
         """Start a step now. Await one new token for each of its sampling rows, in order."""
-        started = time.perf_counter()
+        self._started = started = time.perf_counter()
         loop = asyncio.get_running_loop()
         step = loop.run_in_executor(self._executor, self._engine.run, batch)
         return self._finish(batch, step, started)
 
-    async def _finish(self, batch: Batch, step: Awaitable[list[int]], started: float) -> list[int]:
-        token_ids = await step
+    async def _finish(
+        self, batch: Batch, step: Awaitable[StepOutput], started: float
+    ) -> StepOutput:
+        output = await step
+        self._started = None
         self._time(batch, started)
         self._count(batch)
-        return token_ids
+        return output
+
+    @property
+    def running_for(self) -> float:
+        """Seconds that the step under way has taken; 0 without one. From any thread."""
+        started = self._started
+        return 0.0 if started is None else time.perf_counter() - started
 
     def close(self) -> None:
         """End the thread after the step it is running."""
@@ -88,6 +109,7 @@ class EngineThread:
             self._phase_seconds.labels(phase).observe(seconds)
         self._last_sequences, self._ended = sequences, time.perf_counter()
         self._seconds.observe(self._ended - started)
+        self.longest = max(self.longest, self._ended - started)
 
     def _count(self, batch: Batch) -> None:
         for row in batch.rows:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,24 @@ class SamplingMetadata:
             self.seeds[rows],
             self.positions[rows],
         )
+
+
+def forbid_unset(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Forbid, in some rows, the tokens whose bit is not set; in place.
+
+    ``logits`` is float32 [rows, vocab], ``rows`` int64 [masked rows], ``bits`` int32
+    [masked rows, ceil(vocab / 32)] with token 0 in the lowest bit.
+    """
+    logits[rows] = torch.where(_unpack(bits, logits.shape[1]), logits[rows], -math.inf)
+
+
+def _unpack(bits: Tensor, count: int) -> Tensor:
+    """The first ``count`` bits of each row of int32 words, lowest first: bool [rows, count]."""
+    if not bits.is_cuda:  # many times faster than torch's shifts
+        octets = bits.view(torch.uint8).numpy()
+        return torch.from_numpy(np.unpackbits(octets, 1, count, "little")).view(torch.bool)
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return ((bits.unsqueeze(-1) >> places) & 1).flatten(1)[:, :count].bool()
 
 
 def sample_tokens(logits: Tensor, meta: SamplingMetadata) -> Tensor:

@@ -36,6 +36,11 @@ class AutoTransport:
         self._next: list[AnyTransport] = [ucx, memory]  # in this order they are probed
         ucx.watch(memory.fileno())
 
+    @property
+    def num_strangers(self) -> int:
+        """See Transport."""
+        return self._ucx.num_strangers + self._memory.num_strangers
+
     def connect(self, address: bytes) -> Connection:
         """See Transport."""
         memory_address = address.partition(SEPARATOR)[2]
@@ -90,8 +95,10 @@ class AutoTransport:
         return self._memory if what.in_place else self._ucx
 
 
-def auto_factory(rows: Tensor, host: str) -> Callable[[], AnyTransport]:
+def auto_factory(
+    rows: Tensor, host: str, cluster_key: bytes | None = None
+) -> Callable[[], AnyTransport]:
     """What a TransferThread calls: both for an arena in this host's memory, else UCX."""
     if rows.is_cuda or not hasattr(os, "memfd_create"):
-        return UCXTransport.factory(host)
-    return lambda: AutoTransport(UCXTransport(host), MemoryTransport(rows))
+        return UCXTransport.factory(host, cluster_key=cluster_key)
+    return lambda: AutoTransport(UCXTransport(host, cluster_key=cluster_key), MemoryTransport(rows))

@@ -14,4 +14,5 @@ class TransferConfig:
     staging_slots: int = 8  # on either side
     message_bytes: int = 4 << 20  # of any other message, but at least one row
     max_in_flight: int = 32  # messages to one peer, and messages being received
-    stall: float = 30.0  # without movement for this long, connections are given up
+    stall: float = 30.0  # a peer that moves nothing, or one receive that lasts: connections end
+    closing_stall: float = 5.0  # receives of a grant that nobody wants any more: likewise

@@ -86,6 +86,7 @@ class Counters:
     failed_sends: int = 0  # batches
     failed_receives: int = 0  # messages
     refused: dict[str, int] = field(default_factory=dict)  # messages, by reason
+    strangers: int = 0  # peers that were hung up on
     open_grants: int = 0
     sends_in_flight: int = 0  # messages
     receives_in_flight: int = 0  # messages

@@ -69,6 +69,7 @@ class InProcessTransport:
     """One end. Raises TransportError when the address is taken."""
 
     description = "in process"
+    num_strangers = 0
 
     def __init__(self, network: InProcessNetwork, address: bytes) -> None:
         self.address = address

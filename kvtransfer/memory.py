@@ -17,84 +17,38 @@ and no other host, network namespace or container can reach it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import select
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.block_copy import copy_blocks
 from kernels.shared_memory import shared_file
-from kvtransfer.memory_frames import (
-    Offer,
-    is_same_user,
-    pack_offer,
-    packet_socket,
-    read_ack,
-    read_hello,
-    read_offer,
-    send_ack,
-    send_hello,
-)
+from kvtransfer.memory_frames import Offer, is_same_user, packet_socket, send_hello
+from kvtransfer.memory_peers import DESCRIPTION, Incoming, Outgoing, Transfer
 from kvtransfer.transport import Buffer, Message, Rows, TransportError
 from kvtransfer.wakeup import WakeUp
 
 SCHEME = b"memory:"
-DESCRIPTION = "memory/memfd"
 MAX_CONNECTIONS = 256  # that reach this end
-MAX_UNACKED = 128  # offers of one connection; their acks fit a socket's buffer unread
-
-
-@dataclass(slots=True)
-class _Transfer:
-    """An Operation."""
-
-    done: bool = False
-    error: str | None = None
-    digests: list[int] | None = None
-
-    def end(self, error: str | None) -> None:
-        """Once only."""
-        assert not self.done, "an operation ended twice"
-        self.done, self.error = True, error
-
-
-@dataclass(slots=True, eq=False)
-class _Outgoing:
-    """A Connection."""
-
-    socket: socket.socket
-    waiting: deque[bytes] = field(default_factory=deque)  # offers without room on the socket
-    operations: dict[int, _Transfer] = field(default_factory=dict)  # not ended, by offer's number
-    next_number: int = 0
-    open: bool = True
-    description: str = DESCRIPTION
-    in_place: bool = True
-
-
-@dataclass(slots=True, eq=False)
-class _Incoming:
-    """A peer that reaches us."""
-
-    socket: socket.socket
-    arena: NDArray[np.uint8] | None = None  # [num_blocks, row_bytes], once it has said hello
-    unacked: set[int] = field(default_factory=set)  # numbers of offers
-    open: bool = True
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+PAUSE = 1.0  # seconds without accepting after that
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
     """A receive that has begun."""
 
-    peer: _Incoming
+    peer: Incoming
     offer: Offer
     rows: Rows
-    operation: _Transfer
+    operation: Transfer
 
 
 class MemoryTransport:
@@ -115,8 +69,10 @@ class MemoryTransport:
         except OSError as error:
             self._listener.close()
             raise TransportError(f"cannot listen on {self.address!r}: {error}") from error
-        self._ends: dict[int, _Outgoing | _Incoming] = {}  # by descriptor
-        self._inbox: deque[tuple[_Incoming, Offer]] = deque()  # not probed
+        self.num_strangers = 0
+        self._accept_from: float | None = None  # when accepting has been paused
+        self._ends: dict[int, Outgoing | Incoming] = {}  # by descriptor
+        self._inbox: deque[tuple[Incoming, Offer]] = deque()  # not probed
         self._copies: deque[_Copy] = deque()
         self._wake = WakeUp()
         self._epoll = select.epoll()
@@ -132,7 +88,7 @@ class MemoryTransport:
         """A descriptor that is readable while a peer has something to say."""
         return self._epoll.fileno()
 
-    def connect(self, address: bytes) -> _Outgoing:
+    def connect(self, address: bytes) -> Outgoing:
         """See Transport. A peer that is not there raises TransportError."""
         if self._file is None:
             raise TransportError("this end's arena is not in memory that others may map")
@@ -147,19 +103,19 @@ class MemoryTransport:
         except OSError as error:
             peer.close()
             raise TransportError(f"cannot reach {address!r}: {error}") from error
-        connection = _Outgoing(peer)
+        connection = Outgoing(peer)
         self._watch(connection)
         return connection
 
-    def send(self, connection: _Outgoing, tag: int, buffer: Rows) -> _Transfer:
+    def send(self, connection: Outgoing, tag: int, buffer: Rows) -> Transfer:
         """See Transport. ``buffer.memory`` is the arena this end was made for."""
         if not connection.open:
             raise TransportError("the connection is lost")
-        number, operation = connection.next_number, _Transfer()
-        connection.next_number += 1
-        connection.operations[number] = operation
-        connection.waiting.append(pack_offer(number, tag, buffer.blocks))
-        self._send_offers(connection)
+        operation = connection.offer(tag, buffer.blocks)
+        try:
+            connection.flush()
+        except OSError as error:
+            self._lose(connection, f"peer lost: {error}")
         return operation
 
     def probe(self) -> Message | None:
@@ -169,10 +125,10 @@ class MemoryTransport:
         peer, offer = self._inbox.popleft()
         return Message(offer.tag, offer.num_bytes, (peer, offer), in_place=True)
 
-    def receive(self, message: Message, buffer: Buffer | Rows) -> _Transfer:
+    def receive(self, message: Message, buffer: Buffer | Rows) -> Transfer:
         """See Transport. What is not ``Rows`` of the message's shape is too short."""
         peer, offer = message.handle
-        operation = _Transfer()
+        operation = Transfer()
         if not peer.open:
             operation.end("connection closed by the peer")
         elif isinstance(buffer, Rows) and _fits(offer, buffer):
@@ -184,6 +140,7 @@ class MemoryTransport:
 
     def progress(self) -> bool:
         """See Transport. Copies one message at most, so that other work is not kept waiting."""
+        self._accept_again()
         ready = self._epoll.poll(0)
         for descriptor, _ in ready:
             if descriptor == self._wake.fileno():
@@ -192,7 +149,7 @@ class MemoryTransport:
                 self._accept()
             else:
                 end = self._ends.get(descriptor)
-                if isinstance(end, _Outgoing):
+                if isinstance(end, Outgoing):
                     self._take_acks(end)
                 elif end is not None:
                     self._take_offers(end)
@@ -206,88 +163,60 @@ class MemoryTransport:
         """See Transport."""
         self._wake.ring()
 
-    def close(self, connection: _Outgoing) -> None:
+    def close(self, connection: Outgoing) -> None:
         """See Transport."""
         self._lose(connection, "connection closed")
 
     def close_incoming(self) -> None:
         """See Transport."""
         for end in list(self._ends.values()):
-            if isinstance(end, _Incoming):
+            if isinstance(end, Incoming):
                 self._hang_up(end)
 
     def shutdown(self) -> None:
         """See Transport."""
         for end in list(self._ends.values()):
-            if isinstance(end, _Outgoing):
+            if isinstance(end, Outgoing):
                 self.close(end)
         self.close_incoming()
         self._listener.close()
         self._epoll.close()
         self._wake.close()
 
-    # Sending ---------------------------------------------------------------------------------
-
-    def _send_offers(self, connection: _Outgoing) -> None:
-        """Offer what waits. What finds no room goes when acks come: offers are under way then."""
-        waiting = connection.waiting
-        while waiting and len(connection.operations) - len(waiting) < MAX_UNACKED:
-            try:
-                connection.socket.send(waiting[0])
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._lose(connection, f"peer lost: {error}")
-                return
-            waiting.popleft()
-
-    def _take_acks(self, connection: _Outgoing) -> None:
-        try:
-            while True:
-                operation = connection.operations.pop(read_ack(connection.socket), None)
-                if operation is None:
-                    raise ValueError("an ack of what was not offered")
-                operation.end(None)
-        except BlockingIOError:
-            self._send_offers(connection)
-        except (OSError, ValueError) as error:
-            self._lose(connection, f"peer lost: {error}")
-
-    def _lose(self, connection: _Outgoing, reason: str) -> None:
-        """Close the socket, and only then let the source blocks go. Idempotent."""
-        self._unwatch(connection)
-        connection.waiting.clear()
-        for operation in connection.operations.values():
-            operation.end(reason)
-        connection.operations.clear()
-
-    # Receiving -------------------------------------------------------------------------------
-
     def _accept(self) -> None:
         try:
             peer, _ = self._listener.accept()
-        except OSError:
-            return  # it has gone again
+        except OSError as error:  # it has gone again, or there is no room for it
+            if error.errno in NO_DESCRIPTORS:
+                self._epoll.modify(self._listener, 0)  # it would stay readable
+                self._accept_from = time.monotonic() + PAUSE
+            return
         peer.setblocking(False)
-        incoming = sum(isinstance(end, _Incoming) for end in self._ends.values())
+        incoming = sum(isinstance(end, Incoming) for end in self._ends.values())
         if incoming < MAX_CONNECTIONS and is_same_user(peer):
-            self._watch(_Incoming(peer))
+            self._watch(Incoming(peer))
         else:
+            self.num_strangers += 1
             peer.close()
 
-    def _take_offers(self, peer: _Incoming) -> None:
+    def _accept_again(self) -> None:
+        if self._accept_from is not None and time.monotonic() >= self._accept_from:
+            self._epoll.modify(self._listener, select.EPOLLIN)
+            self._accept_from = None
+
+    def _take_acks(self, connection: Outgoing) -> None:
         try:
-            if peer.arena is None:
-                peer.arena = read_hello(peer.socket)
-            while True:
-                offer = read_offer(peer.socket, peer.arena)
-                if offer.number in peer.unacked or len(peer.unacked) == MAX_UNACKED:
-                    raise ValueError("more offers than may be open, or one of them twice")
-                peer.unacked.add(offer.number)
-                self._inbox.append((peer, offer))
-        except BlockingIOError:
-            return
-        except (OSError, ValueError):
+            connection.take_acks()
+        except (OSError, ValueError) as error:
+            self._lose(connection, f"peer lost: {error}")
+
+    def _take_offers(self, peer: Incoming) -> None:
+        try:
+            self._inbox.extend((peer, offer) for offer in peer.take_offers())
+        except OSError:
+            self._hang_up(peer)
+        except ValueError:
+            self.num_strangers += 1
             self._hang_up(peer)
 
     def _copy(self) -> bool:
@@ -304,17 +233,21 @@ class MemoryTransport:
             copy.operation.end("connection closed by the peer")
         return True
 
-    def _acknowledge(self, peer: _Incoming, offer: Offer) -> bool:
+    def _acknowledge(self, peer: Incoming, offer: Offer) -> bool:
         """Whether the socket was still open at the other end."""
         try:
-            send_ack(peer.socket, offer.number)
-        except OSError:  # or it leaves more acks unread than it may have offers
+            peer.acknowledge(offer)
+        except OSError:
             self._hang_up(peer)
             return False
-        peer.unacked.remove(offer.number)
         return True
 
-    def _hang_up(self, peer: _Incoming) -> None:
+    def _lose(self, connection: Outgoing, reason: str) -> None:
+        """Close the socket, and only then let the source blocks go. Idempotent."""
+        self._unwatch(connection)
+        connection.end(reason)
+
+    def _hang_up(self, peer: Incoming) -> None:
         """Close the socket. Offers that nobody has seen are dropped; receives fail. Idempotent."""
         self._unwatch(peer)
         self._inbox = deque(entry for entry in self._inbox if entry[0] is not peer)
@@ -322,11 +255,11 @@ class MemoryTransport:
             self._copies.remove(copy)
             copy.operation.end("connection closed by the peer")
 
-    def _watch(self, end: _Outgoing | _Incoming) -> None:
+    def _watch(self, end: Outgoing | Incoming) -> None:
         self._ends[end.socket.fileno()] = end
         self._epoll.register(end.socket, select.EPOLLIN)
 
-    def _unwatch(self, end: _Outgoing | _Incoming) -> None:
+    def _unwatch(self, end: Outgoing | Incoming) -> None:
         if not end.open:
             return
         end.open = False

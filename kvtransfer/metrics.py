@@ -41,6 +41,11 @@ def transfer_metrics(counters: Counters, description: str) -> Iterator[Metric]:
         for value, count in values.items():
             family.add_metric([value], count)
         yield family
+    yield CounterMetricFamily(
+        "kvferry_kv_transfer_strangers",
+        "Peers that were hung up on: they did not prove themselves, or broke the protocol",
+        value=counters.strangers,
+    )
     in_flight = counters.sends_in_flight + counters.receives_in_flight
     yield GaugeMetricFamily("kvferry_kv_transfer_in_flight", "Messages under way", value=in_flight)
     yield GaugeMetricFamily(

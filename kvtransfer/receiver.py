@@ -14,8 +14,9 @@ A message stays unclaimed on the wire while ``max_in_flight`` others are under w
 slot is free: that is the back-pressure.
 
 ``close`` forbids new receives at once, and ``GrantClosed`` follows when none is under way; only
-then may the blocks be used again. If the receives under way do not move for ``stall`` seconds (a
-frozen sender), every incoming connection is closed, which makes them fail; senders connect anew.
+then may the blocks be used again. If a receive takes longer than ``stall`` seconds, or those of a
+closing grant longer than ``closing_stall`` (a frozen sender, given up by all), whatever else
+moves, every incoming connection is closed, which makes them fail; the other senders connect anew.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class _Receiving:
     tag: Tag
     blocks: Sequence[int]  # destination
     slot: int | None  # staging slot it lands in
+    began: float
 
 
 class Receiver:
@@ -68,6 +70,7 @@ class Receiver:
         counters: Counters,
         report: Callable[[TransferEvent], None],
         catch_up: Callable[[], object],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``catch_up`` carries out the calls that wait for this thread, ``open`` among them."""
         self._arena = arena
@@ -76,13 +79,14 @@ class Receiver:
         self._counters = counters
         self._report = report
         self._catch_up = catch_up
+        self._clock = clock
         self._staging = Staging(arena, config.staging_slots, config.staging_bytes)
         self._nowhere = np.empty(0, np.uint8)  # too short for any message: nothing is written
         self._grants: dict[int, _Grant] = {}
-        self._receiving: list[_Receiving] = []
+        self._closing: dict[int, float] = {}  # grants with receives under way: since when
+        self._receiving: list[_Receiving] = []  # oldest first
         self._refusing: list[Operation] = []
         self._landed: deque[_Receiving] = deque()  # ended, to be scattered and digested
-        self._moved = time.monotonic()  # when a receive last began or ended
 
     @property
     def busy(self) -> bool:
@@ -98,8 +102,9 @@ class Receiver:
     def close(self, grant_id: int) -> None:
         """Post no more receives for the grant; ``GrantClosed`` follows. Idempotent."""
         grant = self._grants.get(grant_id)
-        if grant is not None:
+        if grant is not None and not grant.closing:
             grant.closing = True
+            self._closing[grant_id] = self._clock()
             self._close_if_idle(grant_id, grant)
 
     def step(self) -> bool:
@@ -107,11 +112,16 @@ class Receiver:
         moved = self._collect()
         moved |= self._accept()
         moved |= self._land()
-        if self._receiving and time.monotonic() - self._moved > self._config.stall:
+        if self._stalled():
             self._transport.close_incoming()
-            self._moved = time.monotonic()
         self._counters.receives_in_flight = len(self._receiving) + len(self._landed)
         return moved
+
+    def _stalled(self) -> bool:
+        now, config = self._clock(), self._config
+        if self._closing and now - next(iter(self._closing.values())) > config.closing_stall:
+            return True
+        return bool(self._receiving) and now - self._receiving[0].began > config.stall
 
     def _collect(self) -> bool:
         self._refusing = [operation for operation in self._refusing if not operation.done]
@@ -122,14 +132,11 @@ class Receiver:
                 self._landed.append(receiving)
             else:
                 self._lose(receiving, receiving.operation.error)
-        if ended:
-            self._moved = time.monotonic()
         return bool(ended)
 
     def _accept(self) -> bool:
         accepted = False
         while self._has_room() and (message := self._transport.probe()) is not None:
-            self._moved = time.monotonic()
             accepted = True
             tag = Tag.unpack(message.tag)
             reason = self._objection(tag, message)
@@ -182,7 +189,7 @@ class Receiver:
         grant.taken.update(positions)
         grant.under_way += 1
         operation = self._transport.receive(message, buffer)
-        self._receiving.append(_Receiving(operation, tag, blocks, slot))
+        self._receiving.append(_Receiving(operation, tag, blocks, slot, self._clock()))
 
     def _land(self) -> bool:
         """Put one message's blocks in place and report them."""
@@ -221,5 +228,6 @@ class Receiver:
     def _close_if_idle(self, grant_id: int, grant: _Grant) -> None:
         if grant.under_way == 0:
             del self._grants[grant_id]
+            self._closing.pop(grant_id, None)
             self._counters.open_grants = len(self._grants)
             self._report(GrantClosed(grant_id))

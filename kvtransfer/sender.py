@@ -81,12 +81,14 @@ class Sender:
         config: TransferConfig,
         counters: Counters,
         report: Callable[[TransferEvent], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._arena = arena
         self._transport = transport
         self._config = config
         self._counters = counters
         self._report = report
+        self._clock = clock
         self._staging = Staging(arena, config.staging_slots, config.staging_bytes)
         self._slots_per_link = max(config.staging_slots // 4, 1)  # no peer takes them all
         self._links: dict[bytes, _Link] = {}
@@ -114,7 +116,7 @@ class Sender:
                 self._counters.failed_sends += 1
                 self._report(SendFailed(grant_id, first, str(error)))
                 return
-            link = self._links[address] = _Link(address, connection, time.monotonic())
+            link = self._links[address] = _Link(address, connection, self._clock())
         row_bytes = self._arena.row_bytes
         if link.connection.in_place:
             pieces = cut_in_place(first, source, row_bytes, self._config)
@@ -135,7 +137,7 @@ class Sender:
             moved |= self._collect(link)
             moved |= self._fill(link)
             moved |= self._digest(link)
-            if link.sending and time.monotonic() - link.moved > self._config.stall:
+            if link.sending and self._clock() - link.moved > self._config.stall:
                 self._fail(link, f"nothing was sent for {self._config.stall:g} s")
         for link in list(self._failed):
             moved |= self._drain(link)
@@ -157,7 +159,7 @@ class Sender:
             else:
                 self._fail(link, error)
         if ended:
-            link.moved = time.monotonic()
+            link.moved = self._clock()
             self._finish(link)
         return bool(ended)
 
@@ -174,7 +176,7 @@ class Sender:
             if batch.unsent:
                 break
         if begun:
-            link.moved = time.monotonic()
+            link.moved = self._clock()
             self._counters.connections[_text(link.address)] = link.connection.description
         return begun > 0
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -55,6 +56,7 @@ class TransferThread:
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue(MAX_COMMANDS)
         self._started: Future[AnyTransport] = Future()
         self._stopping = False
+        self._round = time.monotonic()  # when the last one began
         self._counters = Counters()
         self._thread = threading.Thread(target=self._main, name="kvferry-transfer", daemon=True)
 
@@ -77,6 +79,11 @@ class TransferThread:
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def stuck_for(self) -> float:
+        """Seconds since the thread last began a round of its loop, beyond what it may sleep."""
+        return max(0.0, time.monotonic() - self._round - NAP)
 
     def open_grant(self, grant_id: int, blocks: Sequence[int]) -> None:
         """Let position ``i`` of the grant be written into ``blocks[i]``.
@@ -122,7 +129,12 @@ class TransferThread:
     def snapshot(self) -> Counters:
         """The counters as they are now."""
         now = self._counters
-        return replace(now, refused=dict(now.refused), connections=dict(now.connections))
+        return replace(
+            now,
+            refused=dict(now.refused),
+            connections=dict(now.connections),
+            strangers=self._transport.num_strangers,
+        )
 
     def stop(self) -> None:
         """End the thread and close the transport. No event comes after. Idempotent.
@@ -162,6 +174,7 @@ class TransferThread:
     def _serve(self, transport: AnyTransport) -> None:
         idle = 0
         while not self._stopping:
+            self._round = time.monotonic()
             moved = self._run_commands()
             moved |= self._sender.step()
             moved |= self._receiver.step()

@@ -98,6 +98,10 @@ class Transport(Protocol[C]):
     def description(self) -> str:
         """Which library and which kinds of wire this end can use."""
 
+    @property
+    def num_strangers(self) -> int:
+        """Peers that reached us and were hung up on: not proven, or none of ours."""
+
     def connect(self, address: bytes) -> C:
         """Begin to reach a peer; a peer that is not there makes the first operations fail.
 

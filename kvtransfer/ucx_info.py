@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import socket
+import sys
 from pathlib import Path
 
 from protocol.errors import ConfigError
@@ -14,6 +16,7 @@ _UNUSED = {"self", "sysv", "posix", "cma", "xpmem", "knem"}
 _FAMILIES = {"rdma": ("rc_", "dc_", "ud_"), "cuda": ("cuda_", "gdr_copy")}
 
 _TRANSPORTS_FIELD = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
+_CLIENT_ADDRESS_FIELD = 1 << 0  # UCP_CONN_REQUEST_ATTR_FIELD_CLIENT_ADDR
 _MAX_LANES = 16
 
 
@@ -33,6 +36,16 @@ class _EndpointAttributes(ctypes.Structure):
         ("num_entries", ctypes.c_uint),
         ("entry_size", ctypes.c_size_t),
         ("user_data", ctypes.c_void_p),
+    )
+
+
+class _ConnectionAttributes(ctypes.Structure):
+    """ucp_conn_request_attr_t of UCX 1.12 and later."""
+
+    _fields_ = (
+        ("field_mask", ctypes.c_uint64),
+        ("client_address", ctypes.c_ubyte * 128),  # struct sockaddr_storage
+        ("client_id", ctypes.c_uint64),
     )
 
 
@@ -65,6 +78,19 @@ def endpoint_lanes(handle: int) -> str:
     return " ".join(
         sorted({f"{e.transport.decode()}/{e.device.decode()}" for e in used if e.device})
     )
+
+
+def peer_host(connection_request: int) -> str:
+    """From where somebody connects to a listener; ``0.0.0.0`` when UCX will not say."""
+    attributes = _ConnectionAttributes(field_mask=_CLIENT_ADDRESS_FIELD)
+    query = ctypes.CDLL(library_path()).ucp_conn_request_query
+    if query(ctypes.c_void_p(connection_request), ctypes.byref(attributes)) != 0:
+        return "0.0.0.0"  # noqa: S104 - nobody's address
+    address = bytes(attributes.client_address)
+    family = int.from_bytes(address[:2], sys.byteorder)
+    if family == socket.AF_INET6:
+        return socket.inet_ntop(family, address[8:24])
+    return socket.inet_ntop(socket.AF_INET, address[4:8])
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from engine.block_pool import BlockPool
+from engine.sequence import Sequence
 from prefill.handoff_events import (
     Abandon,
     Action,
@@ -26,6 +27,7 @@ from prefill.handoff_events import (
     Cancelled,
     Computed,
     Event,
+    FromPeer,
     Queued,
     Report,
     RouterLost,
@@ -36,6 +38,7 @@ from prefill.handoff_events import (
     Tick,
 )
 from prefill.lease import Lease, LeaseState, UnderWay
+from prefill.terms import objection
 from protocol.errors import (
     ContextLengthError,
     DeadlineError,
@@ -48,11 +51,11 @@ from protocol.messages import (
     Accepted,
     Grant,
     GrantRefused,
-    GrantRequest,
-    Handoff,
     RequestFailed,
     Revoke,
 )
+
+MAX_LOGPROBS = 4_000_000  # entries of up to 16 bytes on the wire, in a message of 64 MiB
 
 
 class Handoffs:
@@ -88,6 +91,8 @@ class Handoffs:
                 return self._queue(event)
             case Tick():
                 return [*self._expire(now), *self._repeat(now)]
+            case FromPeer():
+                return self._heard(event)
             case RouterLost():
                 leases = [x for x in self._leases.values() if x.router_id == event.router_id]
                 return [action for lease in leases for action in self._drop(lease)]
@@ -97,27 +102,33 @@ class Handoffs:
                 lease = self._leases.get(shipment.request_id)
             case _:
                 lease = self._leases.get(event.request_id)
-        if lease is None:  # the request is over: late messages change nothing
-            self.num_stale += isinstance(event, Grant | GrantRefused | Accepted)
+        return self._advance(lease, event, now) if lease is not None else []
+
+    def _heard(self, event: FromPeer) -> list[Action]:
+        message = event.message
+        lease = self._leases.get(message.request_id)
+        if lease is None or lease.decode.worker_id != event.worker_id:
+            self.num_stale += 1
             return []
-        return self._advance(lease, event, now)
+        match message:
+            case Grant():
+                return self._granted(lease, message)
+            case GrantRefused():
+                return self._refused(lease, message)
+            case Accepted():
+                return self._accepted(lease, message)
+            case _:
+                assert_never(message)
 
     def _advance(
         self,
         lease: Lease,
-        event: Ask | Grant | GrantRefused | Computed | Shipped | ShipFailed | Accepted | Cancelled,
+        event: Ask | Computed | Shipped | ShipFailed | Cancelled,
         now: float,
     ) -> list[Action]:
         match event:
             case Ask():
                 return self._ask(lease, now)
-            case Grant():
-                return self._granted(lease, event)
-            case GrantRefused():
-                if lease.state is not LeaseState.ASKED:
-                    return []
-                lease.state = LeaseState.QUEUED  # there is nothing to revoke
-                return self._fail(lease, event.code, event.message)
             case Computed():
                 return self._computed(lease, event, now)
             case Shipped():
@@ -125,10 +136,6 @@ class Handoffs:
             case ShipFailed():
                 message = f"KV transfer to {lease.decode.worker_id} failed: {event.reason}"
                 return self._fail(lease, WorkerLostError.code, message)
-            case Accepted():
-                if lease.state is LeaseState.OFFERED:
-                    self._end(lease)
-                return []
             case Cancelled():
                 return self._drop(lease)
             case _:
@@ -141,6 +148,9 @@ class Handoffs:
         needed = self._pool.blocks_for(event.sequence.num_tokens)
         if needed == 0:
             return self._fail(lease, InvalidRequestError.code, "the prompt is empty")
+        if event.sequence.scores_prompt and not _logprobs_fit(event.sequence):
+            message = f"prompt_logprobs of {event.sequence.num_tokens} tokens do not fit a message"
+            return self._fail(lease, InvalidRequestError.code, message)
         if needed > self._pool.num_blocks:
             message = f"needs {needed} KV blocks, the prefill pool has {self._pool.num_blocks}"
             return self._fail(lease, ContextLengthError.code, message)
@@ -153,35 +163,34 @@ class Handoffs:
         if lease.state is not LeaseState.QUEUED:
             return []
         lease.enter(LeaseState.ASKED, now)
-        return [self._grant_request(lease, now)]
+        return [self._question(lease, now)]
 
-    def _grant_request(self, lease: Lease, now: float) -> Tell:
-        request = GrantRequest(
-            request_id=lease.request_id,
-            router_id=lease.router_id,
-            epoch=lease.decode.epoch,
-            token_ids=lease.sequence.token_ids,
-            num_prompt_tokens=lease.sequence.num_prompt_tokens,
-            sampling=lease.sequence.sampling,
-            fingerprint=self._fingerprint,
-            timeout=max(0.0, lease.deadline - now),
-        )
-        return Tell(lease.decode, request)
+    def _refused(self, lease: Lease, refusal: GrantRefused) -> list[Action]:
+        if lease.state is not LeaseState.ASKED:
+            return []
+        lease.state = LeaseState.QUEUED  # there is nothing to revoke
+        return self._fail(lease, refusal.code, refusal.message)
 
     def _granted(self, lease: Lease, grant: Grant) -> list[Action]:
         if lease.state is not LeaseState.ASKED:
             return []
-        held = grant.num_cached_tokens // self._pool.block_size + len(grant.blocks)
-        needed = self._pool.blocks_for(lease.sequence.num_given_tokens)
+        num_tokens = lease.sequence.num_given_tokens
+        wrong = objection(grant, lease.decode.epoch, num_tokens, self._pool.block_size)
         # Decode workers number their grants at random, each on its own.
         if grant.grant_id in self._grant_ids_in_use():
-            message = f"grant id {grant.grant_id} is in use by another request"
-            return self._fail(lease, ProtocolError.code, message)
+            wrong = f"grant id {grant.grant_id} is in use by another request"
         lease.state, lease.grant = LeaseState.SHIPPING, grant
-        if held != needed:
-            message = f"the grant covers {held} blocks, the sequence has {needed}"
-            return self._fail(lease, ProtocolError.code, message)
+        if wrong is not None:
+            return self._fail(lease, ProtocolError.code, f"the grant does not fit: {wrong}")
         return [Allow(lease.request_id), *self._ship(lease)]
+
+    def _accepted(self, lease: Lease, message: Accepted) -> list[Action]:
+        grant = lease.grant
+        if lease.state is LeaseState.OFFERED and grant and grant.grant_id == message.grant_id:
+            self._end(lease)
+        else:
+            self.num_stale += 1
+        return []
 
     def _grant_ids_in_use(self) -> set[int]:
         leased = {lease.grant.grant_id for lease in self._leases.values() if lease.grant}
@@ -229,27 +238,14 @@ class Handoffs:
         if len(lease.digests) < len(grant.blocks):
             return []
         lease.enter(LeaseState.OFFERED, now)
-        return [self._handoff(lease, grant)]
+        return [self._question(lease, now)]
 
-    def _handoff(self, lease: Lease, grant: Grant) -> Tell:
-        handoff = Handoff(
-            request_id=lease.request_id,
-            grant_id=grant.grant_id,
-            epoch=grant.epoch,
-            first_token=lease.sequence.token_ids[-1],
-            num_tokens=lease.sequence.num_given_tokens,
-            digests=[lease.digests[position] for position in range(len(grant.blocks))],
-        )
-        return Tell(lease.decode, handoff)
+    def _question(self, lease: Lease, now: float) -> Tell:
+        return Tell(lease.decode, lease.question(self._fingerprint, now))
 
     def _repeat(self, now: float) -> list[Action]:
-        return [
-            self._grant_request(lease, now)
-            if lease.grant is None
-            else self._handoff(lease, lease.grant)
-            for lease in self._leases.values()
-            if lease.must_repeat(now)
-        ]
+        overdue = [lease for lease in self._leases.values() if lease.must_repeat(now)]
+        return [self._question(lease, now) for lease in overdue]
 
     def _expire(self, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -272,10 +268,15 @@ class Handoffs:
     def _revoke(self, lease: Lease) -> list[Action]:
         if lease.state is LeaseState.QUEUED:
             return []
-        grant_id = lease.grant.grant_id if lease.grant else 0
-        return [Tell(lease.decode, Revoke(request_id=lease.request_id, grant_id=grant_id))]
+        return [Tell(lease.decode, Revoke(request_id=lease.request_id))]
 
     def _end(self, lease: Lease) -> None:
         del self._leases[lease.request_id]
         if lease.state in (LeaseState.DRAINING, LeaseState.OFFERED):
             self._pool.release_sequence(lease.sequence)
+
+
+def _logprobs_fit(sequence: Sequence) -> bool:
+    """Whether a message can hold its prompt's logprobs; a token counts as three entries."""
+    entries = sequence.num_tokens * (3 + (sequence.sampling.prompt_logprobs or 0))
+    return entries <= MAX_LOGPROBS

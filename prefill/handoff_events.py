@@ -35,6 +35,14 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class FromPeer:
+    """A decode worker's answer."""
+
+    worker_id: str
+    message: Grant | GrantRefused | Accepted
+
+
+@dataclass(frozen=True, slots=True)
 class Computed:
     """A step ended; blocks may have become full, or the prompt finished with its first token."""
 
@@ -79,19 +87,7 @@ class Tick:
     """Time passed."""
 
 
-Event = (
-    Queued
-    | Ask
-    | Grant
-    | GrantRefused
-    | Computed
-    | Shipped
-    | ShipFailed
-    | Accepted
-    | Cancelled
-    | RouterLost
-    | Tick
-)
+Event = Queued | Ask | FromPeer | Computed | Shipped | ShipFailed | Cancelled | RouterLost | Tick
 
 # Actions -----------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from engine.sequence import Sequence
-from protocol.messages import Grant, PeerAddress
+from protocol.geometry import Fingerprint
+from protocol.messages import Grant, GrantRequest, Handoff, PeerAddress
 
 FIRST_REPEAT = 1.0  # seconds without an answer of decode until the question is repeated
 LAST_REPEAT = 8.0  # it doubles up to here
@@ -46,6 +47,30 @@ class Lease:
         """Go on to a state in which decode owes an answer."""
         self.state, self.repeat_after = state, FIRST_REPEAT
         self.repeat_at = now + FIRST_REPEAT
+
+    def question(self, fingerprint: Fingerprint, now: float) -> GrantRequest | Handoff:
+        """What decode owes an answer to: to be sent on entering the state, and repeated."""
+        sequence, grant = self.sequence, self.grant
+        if grant is None:
+            return GrantRequest(
+                request_id=self.request_id,
+                router_id=self.router_id,
+                epoch=self.decode.epoch,
+                token_ids=sequence.token_ids,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                sampling=sequence.sampling,
+                cache_salt=sequence.cache_salt,
+                fingerprint=fingerprint,
+                timeout=max(0.0, self.deadline - now),
+            )
+        return Handoff(
+            request_id=self.request_id,
+            grant_id=grant.grant_id,
+            epoch=grant.epoch,
+            first_token=sequence.token_ids[-1],
+            num_tokens=sequence.num_given_tokens,
+            digests=[self.digests[position] for position in range(len(grant.blocks))],
+        )
 
     def must_repeat(self, now: float) -> bool:
         """Whether decode's answer is overdue; then the next one has twice the time."""

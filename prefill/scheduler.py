@@ -119,7 +119,8 @@ class PrefillScheduler:
     def _start_waiting(self) -> None:
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            if not self.pool.reserve(sequence, max_cached_tokens=sequence.num_tokens - 1):
+            cacheable = 0 if sequence.scores_prompt else sequence.num_tokens - 1
+            if not self.pool.reserve(sequence, max_cached_tokens=cacheable):
                 return
             self.running.append(self.waiting.popleft())
 

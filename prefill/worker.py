@@ -15,6 +15,7 @@ from typing import assert_never
 
 from prometheus_client.core import CounterMetricFamily, Metric
 
+from engine.batch import StepOutput
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from engine.thread import EngineThread
@@ -29,6 +30,7 @@ from prefill.handoff_events import (
     Cancelled,
     Computed,
     Event,
+    FromPeer,
     Queued,
     Report,
     RouterLost,
@@ -39,8 +41,9 @@ from prefill.handoff_events import (
     Tick,
 )
 from prefill.metrics import PrefillMetrics
+from prefill.rate import PrefillRate
 from prefill.scheduler import PrefillScheduler
-from protocol.errors import UnavailableError
+from protocol.errors import InvalidRequestError, UnavailableError
 from protocol.geometry import Fingerprint
 from protocol.link import Client
 from protocol.messages import (
@@ -85,17 +88,21 @@ class PrefillWorker:
         self._cluster_key = cluster_key
         self._send = send
         self._metrics = metrics
+        self._rate = PrefillRate()
         self._leaving = False
         self._wake = asyncio.Event()
+        self._tasks = asyncio.TaskGroup()
         self._peers: dict[str, tuple[int, Client, asyncio.Task[None]]] = {}  # by worker id
         self._link_numbers = count()
 
     def load(self) -> WorkerLoad:
         """What the router is told."""
         return WorkerLoad(
+            max_num_seqs=self._scheduler.max_num_seqs,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
             waiting_tokens=self._scheduler.waiting_tokens,
+            prefill_tokens_per_second=self._rate.tokens_per_second,
             free_blocks=self._pool.num_free,
             total_blocks=self._pool.num_blocks,
             open_leases=self._handoffs.num_open,
@@ -129,12 +136,11 @@ class PrefillWorker:
     async def run(self) -> None:
         """Serve until cancelled."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._steps())
-                tasks.create_task(self._ticks())
+            async with self._tasks:
+                self._tasks.create_task(self._steps())
+                self._tasks.create_task(self._ticks())
         finally:
-            for _, link, task in self._peers.values():
-                task.cancel()
+            for _, link, _ in self._peers.values():
                 link.close()
 
     def from_router(self, router_id: str, message: Message) -> None:
@@ -158,9 +164,14 @@ class PrefillWorker:
 
     def _queue(self, router_id: str, message: PrefillRequest) -> None:
         sequence = Sequence(
-            message.request_id, message.token_ids, message.num_prompt_tokens, message.sampling
+            message.request_id,
+            message.token_ids,
+            message.num_prompt_tokens,
+            message.sampling,
+            cache_salt=message.cache_salt,
         )
         sequence.recomputed = sequence.num_output_tokens > 0
+        self._engine.expect(message.sampling)
         self._metrics.arrived(message.request_id)
         self._scheduler.add(sequence)
         deadline = time.monotonic() + message.timeout
@@ -189,13 +200,19 @@ class PrefillWorker:
                 continue
             for row in batch.rows:
                 self._metrics.started(row.sequence.request_id)
-            self._commit(await self._engine.run(batch))
+            began = time.monotonic()
+            output = await self._engine.run(batch)
+            self._rate.step(batch.num_tokens, time.monotonic() - began)
+            self._commit(output)
 
-    def _commit(self, token_ids: list[int]) -> None:
-        for sequence, token_id in self._scheduler.commit(token_ids):
+    def _commit(self, output: StepOutput) -> None:
+        for request_id, failure in output.failures.items():
+            self._refuse(request_id, failure)
+        for sequence, token_id in self._scheduler.commit(output.token_ids):
             request_id = sequence.request_id
             lease = self._handoffs.lease(request_id)
             assert lease is not None, f"{request_id} was computed without a lease"
+            sequence.prompt_logprobs += output.prompt_logprobs.get(request_id, [])
             if token_id is not None:
                 self._metrics.first_token(request_id)
                 reason = sequence.finish_reason()
@@ -205,9 +222,20 @@ class PrefillWorker:
                     token_id=token_id,
                     finish_reason=reason,
                     num_cached_tokens=sequence.num_cached,
+                    logprobs=output.logprobs.get(request_id),
+                    prompt_logprobs=sequence.all_prompt_logprobs(),
                 )
                 self._send(lease.router_id, first)
             self._handle(Computed(request_id, finished=token_id is not None))
+
+    def _refuse(self, request_id: str, reason: str) -> None:
+        """Give up a request that the engine finds wrong, unless it is over."""
+        lease = self._handoffs.lease(request_id)
+        if lease is not None:
+            code = InvalidRequestError.code
+            failed = RequestFailed(request_id=request_id, code=code, message=reason)
+            self._send(lease.router_id, failed)
+            self._handle(Cancelled(request_id))
 
     async def _ticks(self) -> None:
         while True:
@@ -255,14 +283,14 @@ class PrefillWorker:
         # A new name for each link: the former one may still be reconnecting to the same address.
         identity = f"{self._identity}:{next(self._link_numbers)}"
         link = Client(address.control, identity, self._cluster_key)
-        task = asyncio.create_task(self._receive_from_peer(link))
+        task = self._tasks.create_task(self._receive_from_peer(address.worker_id, link))
         self._peers[address.worker_id] = (address.epoch, link, task)
         return link
 
-    async def _receive_from_peer(self, link: Client) -> None:
+    async def _receive_from_peer(self, worker_id: str, link: Client) -> None:
         while True:
             message = await link.receive()
             if isinstance(message, Grant | GrantRefused | Accepted):
-                self._handle(message)
+                self._handle(FromPeer(worker_id, message))
             else:
                 log.warning("unexpected %s from decode", type(message).__name__)

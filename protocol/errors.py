@@ -4,6 +4,7 @@
     ├── InvalidRequestError     400  the client must change the request
     │   ├── ContextLengthError  400  prompt and max_tokens exceed a limit; says both numbers
     │   ├── ModelNotFoundError  404  the model named is not served here
+    │   ├── RequestNotFoundError 404 no such request is on record
     │   └── WorkerNotFoundError 404  no such worker is registered
     ├── OverloadedError         429  try again later; carries ``retry_after`` seconds
     ├── UnavailableError        503  no worker can take the request now
@@ -52,6 +53,13 @@ class ModelNotFoundError(InvalidRequestError):
 
     status = 404
     code = "model_not_found"
+
+
+class RequestNotFoundError(InvalidRequestError):
+    """The request that was asked about is not on record (any more)."""
+
+    status = 404
+    code = "request_not_found"
 
 
 class WorkerNotFoundError(InvalidRequestError):
@@ -122,6 +130,7 @@ _BY_CODE: dict[str, type[KvferryError]] = {
         InvalidRequestError,
         ContextLengthError,
         ModelNotFoundError,
+        RequestNotFoundError,
         WorkerNotFoundError,
         OverloadedError,
         UnavailableError,

@@ -25,8 +25,15 @@ def tokens_from_bytes(data: bytes) -> list[int]:
     return tokens
 
 
+def hash_root(cache_salt: str) -> bytes:
+    """The predecessor's hash of a first block: different for every salt that a request may name."""
+    if not cache_salt:
+        return b""
+    return hashlib.blake2b(cache_salt.encode(), digest_size=HASH_BYTES).digest()
+
+
 def hash_block(previous: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
-    """Hash of one full block given its predecessor's hash (empty for the first block).
+    """Hash of one full block given its predecessor's hash (``hash_root`` for the first).
 
     ``salt`` separates what must never share KV: it holds the model's fingerprint. At most 64
     bytes, else ValueError: a longer one would be cut, and separate no more.

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import socket
 import stat
+import time
 from collections import Counter
 from pathlib import Path
 from typing import cast
@@ -21,12 +22,14 @@ import zmq
 import zmq.asyncio
 
 from protocol.errors import ConfigError, ProtocolError
-from protocol.messages import MAX_FRAME_BYTES, Message, decode, encode
+from protocol.messages import Message
+from protocol.wire import MAX_FRAME_BYTES, decode, encode
 
 log = logging.getLogger(__name__)
 
 HIGH_WATER_MARK = 10_000  # messages
 LINGER_MS = 300
+QUIET = 1.0  # seconds between warnings: whoever sends rubbish does not fill the disk
 
 
 def read_cluster_key(path: Path) -> bytes:
@@ -54,6 +57,7 @@ def write_cluster_key(path: Path) -> None:
 class _Link:
     def __init__(self, kind: int, endpoint: str, cluster_key: bytes | None) -> None:
         self.dropped: Counter[str] = Counter()  # messages, by reason
+        self._next_warning = 0.0
         self._socket = zmq.asyncio.Context.instance().socket(kind)
         self._socket.set_hwm(HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
@@ -73,7 +77,7 @@ class _Link:
         if error is None:
             return True
         self.dropped["unreachable"] += 1
-        log.warning("message %s dropped: %s", frames[-2].decode(), error)
+        self._warn("message %s dropped: %s", frames[-2].decode(), error)
         return False
 
     def _decode(self, frames: list[bytes], peer: str) -> Message | None:
@@ -81,8 +85,14 @@ class _Link:
             return decode(frames)
         except ProtocolError as error:
             self.dropped["malformed"] += 1
-            log.warning("message from %s dropped: %s", peer, error)
+            self._warn("message from %s dropped: %s", peer, error)
             return None
+
+    def _warn(self, text: str, *values: object) -> None:
+        now = time.monotonic()
+        if now >= self._next_warning:
+            self._next_warning = now + QUIET
+            log.warning(text, *values)
 
 
 def _refuse_if_taken(endpoint: str) -> None:

@@ -1,4 +1,4 @@
-"""Every control message, who sends it to whom, and its form on the wire.
+"""Every control message, and who sends it to whom.
 
     worker → router   Register, Heartbeat, Leaving, Left, FirstToken, Tokens, RequestFailed
     router → worker   Registered, RegistrationRefused, RegisterAgain, RouterHeartbeat, Drain,
@@ -6,9 +6,7 @@
     prefill → decode  GrantRequest, Handoff, Revoke
     decode → prefill  Grant, GrantRefused, Accepted
 
-A message is two frames: its class's name and a msgpack map. Token ids travel as little-endian
-uint32 bytes. Unknown names, malformed maps and frames over ``MAX_FRAME_BYTES`` raise
-ProtocolError; receivers count and drop them.
+Token ids travel as little-endian uint32 bytes; ``protocol.wire`` has the rest of the format.
 
 A ``request_id`` names one attempt at a client's request: the router numbers the attempts, so that
 what a former one still says is not taken for the current one's.
@@ -18,22 +16,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-import msgpack
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     PlainSerializer,
-    ValidationError,
     model_validator,
 )
 
-from protocol.errors import ProtocolError
 from protocol.geometry import Fingerprint
 from protocol.hashing import token_bytes, tokens_from_bytes
-from protocol.sampling import SamplingParams
-
-MAX_FRAME_BYTES = 64 << 20
+from protocol.sampling import SamplingParams, TokenLogprobs
 
 Role = Literal["prefill", "decode"]
 FinishReason = Literal["stop", "length"]
@@ -59,9 +53,12 @@ class Message(BaseModel):
 class WorkerLoad(Message):
     """What a worker tells of its load with each heartbeat."""
 
+    max_num_seqs: int = 0
+    num_promised: int = 0  # decode: sequences that were granted or wait for it, and have not ended
     num_running: int = 0
     num_waiting: int = 0
     waiting_tokens: int = 0  # prompt tokens not computed yet
+    prefill_tokens_per_second: float = 0.0  # measured while computing; 0: not yet
     free_blocks: int = 0
     total_blocks: int = 0
     open_grants: int = 0
@@ -122,14 +119,24 @@ class RegisterAgain(Message):
 
 
 class RouterHeartbeat(Message):
-    """The router is alive. A worker that hears nothing drops the router's work."""
+    """The router is alive. A worker that hears nothing drops the router's work.
+
+    So does one that has not received ``num_sent`` messages about requests since it registered.
+    """
+
+    num_sent: int
 
 
 class Heartbeat(Message):
-    """A registered worker is alive."""
+    """A registered worker is alive.
+
+    One that has sent more messages about requests since it registered than the router has
+    received is lost, and registers again.
+    """
 
     epoch: int
     load: WorkerLoad
+    num_sent: int
 
 
 class Leaving(Message):
@@ -151,6 +158,7 @@ class Continuation(Message):
     token_ids: TokenIds
     num_prompt_tokens: int  # the rest of ``token_ids`` is output
     sampling: SamplingParams
+    cache_salt: str = ""  # KV blocks are shared only among requests with the same salt
     timeout: float  # seconds from now
 
     @model_validator(mode="after")
@@ -178,6 +186,8 @@ class FirstToken(Message):
     token_id: int
     finish_reason: FinishReason | None
     num_cached_tokens: int  # prompt tokens that prefill found in its cache
+    logprobs: TokenLogprobs | None = None  # of this token, if the request asks
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of the prompt's; the first: None
 
 
 class TokenUpdate(Message):
@@ -187,6 +197,7 @@ class TokenUpdate(Message):
     index: int
     token_ids: list[int]
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None  # one a token, if the request asks
 
 
 class Tokens(Message):
@@ -221,10 +232,10 @@ class Grant(Message):
     """Decode reserved ``blocks``, destinations of the prompt's blocks that it lacks, in order."""
 
     request_id: str
-    grant_id: int
+    grant_id: Annotated[int, Field(ge=1, lt=2**32)]
     epoch: int
-    num_cached_tokens: int  # whole blocks of the prompt's start that decode already holds
-    blocks: list[int]
+    num_cached_tokens: Annotated[int, Field(ge=0)]  # of whole blocks that decode already holds
+    blocks: list[Annotated[int, Field(ge=0)]]
     expires_in: float  # seconds without any block received
 
 
@@ -242,7 +253,7 @@ class Handoff(Message):
     request_id: str
     grant_id: int
     epoch: int
-    first_token: int
+    first_token: Annotated[int, Field(ge=0, lt=2**32)]
     num_tokens: int  # tokens whose KV the blocks hold
     digests: list[int]  # one per granted block, unsigned 64 bit
 
@@ -255,55 +266,6 @@ class Accepted(Message):
 
 
 class Revoke(Message):
-    """Prefill will not use the grant (any more). ``grant_id`` 0: not yet granted."""
+    """Prefill will not use its grant for the request, be it open, waiting or none."""
 
     request_id: str
-    grant_id: int
-
-
-_KINDS: dict[bytes, type[Message]] = {
-    cls.__name__.encode(): cls
-    for cls in (
-        Register,
-        Registered,
-        RegistrationRefused,
-        RegisterAgain,
-        RouterHeartbeat,
-        Heartbeat,
-        Leaving,
-        Left,
-        Drain,
-        PrefillRequest,
-        FirstToken,
-        Tokens,
-        RequestFailed,
-        Cancel,
-        GrantRequest,
-        Grant,
-        GrantRefused,
-        Handoff,
-        Accepted,
-        Revoke,
-    )
-}
-
-
-def encode(message: Message) -> list[bytes]:
-    """The message's two frames."""
-    return [type(message).__name__.encode(), msgpack.packb(message.model_dump())]
-
-
-def decode(frames: list[bytes]) -> Message:
-    """Rebuild a message. Raises ProtocolError on anything that ``encode`` did not make."""
-    if len(frames) != 2:
-        raise ProtocolError(f"a message has 2 frames, not {len(frames)}")
-    kind, payload = frames
-    message_class = _KINDS.get(kind)
-    if message_class is None:
-        raise ProtocolError(f"unknown message {kind[:32]!r}")
-    if len(payload) > MAX_FRAME_BYTES:
-        raise ProtocolError(f"{kind.decode()} of {len(payload)} bytes, limit {MAX_FRAME_BYTES}")
-    try:
-        return message_class.model_validate(msgpack.unpackb(payload))
-    except (ValidationError, ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"malformed {kind.decode()}: {error}") from error

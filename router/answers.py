@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+from router.logprobs import ScoredToken, chat_logprobs, completion_logprobs
 from router.output import Piece
+from router.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class AnswerHead:
 
 
 class Shape(Protocol):
-    """How an endpoint words its choices. ``prompt`` is given to show its ids, or is None."""
+    """How an endpoint words its choices. Log probabilities are shown if there are ``names``."""
 
     whole: ClassVar[str]  # the answer's ``object``
     chunk: ClassVar[str]  # a chunk's ``object``
@@ -44,14 +46,16 @@ class Shape(Protocol):
         """A choice's chunk."""
         ...
 
-    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+    def choice(self, piece: Piece) -> dict[str, Any]:
         """A choice as a whole."""
         ...
 
 
+@dataclass(frozen=True, slots=True)
 class CompletionShape:
     """``/v1/completions``."""
 
+    names: TokenBytes | None
     whole: ClassVar[str] = "text_completion"
     chunk: ClassVar[str] = "text_completion"
 
@@ -61,55 +65,79 @@ class CompletionShape:
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """New text."""
-        return _text_choice(piece.index, piece.text, piece.finish_reason)
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": completion_logprobs(piece.scored, self.names) if self.names else None,
+            "finish_reason": piece.finish_reason,
+        }
 
-    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+    def choice(self, piece: Piece) -> dict[str, Any]:
         """All text."""
-        return _text_choice(index, text, finish_reason)
+        return self.delta(piece)
 
 
+@dataclass(frozen=True, slots=True)
 class ChatShape:
     """``/v1/chat/completions``."""
 
+    names: TokenBytes | None
     whole: ClassVar[str] = "chat.completion"
     chunk: ClassVar[str] = "chat.completion.chunk"
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The speaker's role."""
-        return _chat_choice(index, "delta", {"role": "assistant", "content": ""}, None)
+        return _chat_choice(index, "delta", {"role": "assistant", "content": ""}, None, None)
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """New text."""
         content = {"content": piece.text} if piece.text else {}
-        return _chat_choice(piece.index, "delta", content, piece.finish_reason)
+        logprobs = self._logprobs(piece.scored)
+        return _chat_choice(piece.index, "delta", content, logprobs, piece.finish_reason)
 
-    def choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+    def choice(self, piece: Piece) -> dict[str, Any]:
         """The message."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return _chat_choice(index, "message", message, finish_reason)
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        logprobs = self._logprobs(piece.scored)
+        return _chat_choice(piece.index, "message", message, logprobs, piece.finish_reason)
+
+    def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        return chat_logprobs(scored, self.names) if self.names else None
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Token counts, the stop token included."""
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """Token counts, stop tokens included. Prompt tokens in the cache were not computed."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
-def whole_choice(shape: Shape, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """One choice of an answer that is not streamed, from all its pieces."""
-    reason = pieces[-1].finish_reason
-    assert reason is not None
-    return shape.choice(index, "".join(piece.text for piece in pieces), reason)
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of one sequence as one."""
+    return Piece(
+        index=pieces[-1].index,
+        text="".join(piece.text for piece in pieces),
+        token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
+        finish_reason=pieces[-1].finish_reason,
+        scored=[token for piece in pieces for token in piece.scored],
+        total_logprob=sum(piece.total_logprob for piece in pieces),
+        num_cached_tokens=pieces[0].num_cached_tokens,
+    )
 
 
-def _text_choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+def best(pieces: Sequence[Piece], count: int) -> list[Piece]:
+    """The ``count`` whole sequences with the highest mean log probability, best first."""
+    return sorted(pieces, key=lambda p: -p.total_logprob / max(len(p.token_ids), 1))[:count]
 
 
 def _chat_choice(
-    index: int, key: str, content: dict[str, Any], finish_reason: str | None
+    index: int,
+    key: str,
+    content: dict[str, Any],
+    logprobs: dict[str, Any] | None,
+    finish_reason: str | None,
 ) -> dict[str, Any]:
-    return {"index": index, key: content, "logprobs": None, "finish_reason": finish_reason}
+    return {"index": index, key: content, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from protocol.errors import ConfigError
 
+ANYBODY = "anybody"
+
 
 class ApiKeys:
     """The keys that let a client in; with none of them everybody is let in."""
@@ -20,18 +22,18 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def accept(self, authorization: str) -> bool:
-        """Whether the ``Authorization`` header of a request carries one of the keys.
+    def client(self, authorization: str) -> str | None:
+        """Who asks with this ``Authorization`` header: a name for its key; None: not let in.
 
         Takes the same time whichever key it is, and however much of it is right: digests of one
         length are compared, each with every key.
         """
         if not self._digests:
-            return True
+            return ANYBODY
         scheme, _, token = authorization.partition(" ")
         given = _digest(token.strip().encode("latin-1"))  # as the server has decoded it
         known = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return any(known) and scheme.lower() == "bearer"
+        return given.hex() if any(known) and scheme.lower() == "bearer" else None
 
 
 def read_api_keys(path: Path) -> list[str]:

@@ -1,6 +1,7 @@
-"""The router's HTTP: OpenAI's API, vLLM's tokenizer routes, health, metrics, administration.
+"""The router's HTTP: OpenAI's API, vLLM's tokenizer routes, health, metrics.
 
-Owns routes, authorisation and the bounds on bodies. ``intake`` validates, ``stream`` answers.
+Owns routes, authorisation and the bounds on bodies. ``intake`` validates, ``stream`` answers,
+``admin_routes`` and ``console_page`` serve the operator.
 """
 
 from __future__ import annotations
@@ -18,19 +19,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from router import http_errors
+from router.admin_routes import admin_routes
 from router.api_keys import ApiKeys
 from router.body import read_body
+from router.console_page import console_routes
 from router.generation import Generator
 from router.intake import Intake
 from router.metrics import RouterMetrics
 from router.openapi import description
-from router.schemas import (
-    Body,
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    TokenizeBody,
-)
+from router.schema_base import Body
+from router.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from router.stream import EventStream, Job, run, while_connected, whole_answer
 from router.text import TextModel
 
@@ -50,15 +48,18 @@ class RouterSettings:
 def create_app(
     settings: RouterSettings, text: TextModel, generator: Generator, registry: CollectorRegistry
 ) -> FastAPI:
-    """The application. It keeps no state but ``registry``'s series."""
+    """The application. It keeps no state but ``registry``'s series and what the console shows."""
     metrics = RouterMetrics(registry)
     intake = Intake(settings.served_model_name, text, generator)
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     http_errors.install(app, metrics)
     guarded = [Depends(_authorize(settings.api_keys))]
     app.include_router(_open_routes(generator, registry))
+    app.include_router(console_routes())
     app.include_router(_api_routes(settings, intake, generator, metrics), dependencies=guarded)
     app.include_router(_token_routes(settings, intake, text, generator), dependencies=guarded)
+    admin = admin_routes(settings.served_model_name, generator, metrics)
+    app.include_router(admin, dependencies=guarded)
     return app
 
 
@@ -95,6 +96,7 @@ def _api_routes(
     started = int(time.time())
 
     async def answer(request: Request, job: Job) -> Response:
+        job = job.asked_by(request.state.client)
         pieces = run(job, generator, metrics)
         if not job.stream:
             content = await while_connected(request.receive, whole_answer(job, pieces))
@@ -130,14 +132,6 @@ def _api_routes(
         intake.check_model(name)
         return JSONResponse(model())
 
-    @routes.get("/admin/workers")
-    async def workers() -> Response:
-        return JSONResponse({"workers": generator.workers()})
-
-    @routes.post("/admin/workers/{worker_id:path}/drain")
-    async def drain(worker_id: str) -> Response:
-        return JSONResponse(generator.drain(worker_id))
-
     return routes
 
 
@@ -170,11 +164,13 @@ async def _read(request: Request, kind: type[B], settings: RouterSettings) -> B:
 
 
 def _authorize(keys: ApiKeys) -> Callable[[Request], Awaitable[None]]:
-    """A dependency that lets only requests with one of the keys pass."""
+    """A dependency that lets only requests with one of the keys pass, and notes whose it is."""
 
     async def authorize(request: Request) -> None:
-        if not keys.accept(request.headers.get("authorization", "")):
+        client = keys.client(request.headers.get("authorization", ""))
+        if client is None:
             challenge = {"WWW-Authenticate": "Bearer"}
             raise HTTPException(401, "the API key is missing or wrong", challenge)
+        request.state.client = client
 
     return authorize

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from router.http_errors import invalid_request
-from router.schemas import Body
+from router.schema_base import Body
 
 LONG_BODY = 65_536  # bytes; a longer body is validated in a thread
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from protocol.sampling import SamplingParams
+from protocol.sampling import SamplingParams, TokenLogprobs
+from router.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,9 @@ class GenerationRequest:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     timeout: float | None = None  # seconds the client gives it, if it says
+    client: str = ""  # who asks, among whom the workers are shared fairly
+    cache_salt: str = ""  # KV is shared only among requests with the same salt
+    timeline: Timeline = field(default_factory=Timeline, compare=False)  # written as it goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,10 @@ class TokenChunk:
 
     token_ids: list[int]
     finish_reason: str | None = None
+    logprobs: list[TokenLogprobs] | None = None  # one a token, if the request asks
+    # On the first chunk only:
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # if it asks; the first token: None
+    num_cached_tokens: int | None = None  # prompt tokens that prefill did not compute
 
 
 class Generator(Protocol):

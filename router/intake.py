@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ from protocol.errors import (
     ModelNotFoundError,
     UnavailableError,
 )
-from protocol.sampling import SamplingParams
-from router.answers import AnswerHead, ChatShape, CompletionShape, Shape
+from protocol.grammar import check
+from protocol.sampling import Grammar, SamplingParams
+from router.answers import AnswerHead, ChatShape, CompletionShape
 from router.generation import GenerationRequest, Generator
-from router.output import Output
+from router.output import Echo, Output
 from router.schemas import (
     ChatBody,
     ChatMessage,
@@ -29,6 +31,8 @@ from router.schemas import (
 )
 from router.stream import Choice, Job
 from router.text import TextModel
+from router.timeline import Timeline
+from router.token_bytes import TokenBytes
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may fill the context
 MANY_MESSAGES = 100  # more are rendered in a thread
@@ -41,6 +45,7 @@ class Intake:
         self._served_model_name = served_model_name
         self._text = text
         self._generator = generator
+        self._token_bytes = TokenBytes(text.tokenizer)
 
     def check_model(self, name: str | None) -> None:
         """Raise ModelNotFoundError unless the model is served; None means whichever is."""
@@ -50,18 +55,18 @@ class Intake:
 
     async def completion(self, body: CompletionBody) -> Job:
         """The job of a completion request."""
-        arrived = time.perf_counter()
+        arrived = time.monotonic()
         self.check_model(body.model)
         special = True if body.add_special_tokens is None else body.add_special_tokens
         prompts = [await self._prompt_ids(prompt, special) for prompt in body.prompt]
-        return self._job(body, CompletionShape(), "cmpl", "prompt", prompts, arrived)
+        return await self._job(body, "prompt", prompts, arrived)
 
     async def chat(self, body: ChatBody) -> Job:
         """The job of a chat request."""
-        arrived = time.perf_counter()
+        arrived = time.monotonic()
         self.check_model(body.model)
         prompt = await self._chat_ids(body.messages, body, bool(body.add_special_tokens))
-        return self._job(body, ChatShape(), "chatcmpl", "messages", [prompt], arrived)
+        return await self._job(body, "messages", [prompt], arrived)
 
     async def tokenize(self, body: TokenizeBody) -> list[int]:
         """Token ids of a text or of a chat, as the other two count them."""
@@ -91,36 +96,69 @@ class Intake:
         self._text.check_token_ids(prompt, "prompt")
         return prompt
 
-    def _job(
+    async def _job(
         self,
         body: GenerationBody,
-        shape: Shape,
-        prefix: str,
         prompt_field: str,
         prompts: Sequence[list[int]],
         arrived: float,
     ) -> Job:
-        answer_id = f"{prefix}-{secrets.token_hex(16)}"
+        chat = isinstance(body, ChatBody)
+        answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(16)}"
+        names = None if body.num_logprobs is None else self._token_bytes
         self._text.check_token_ids(body.stop_token_ids, "stop_token_ids")
-        choices = []
-        for index, prompt in enumerate(prompts):
+        grammar = await self._grammar(body)
+        choices: list[Choice] = []
+        for prompt in prompts:
             max_tokens = self._max_tokens(body, prompt_field, len(prompt))
-            request = GenerationRequest(
-                request_id=f"{answer_id}-{index}",
-                prompt_token_ids=prompt,
-                sampling=self._sampling(body, max_tokens),
-                timeout=body.timeout,
-            )
-            choices.append(Choice(request, self._output(body, index, prompt)))
+            sampling = self._sampling(body, max_tokens, grammar)
+            echo = await self._echo(body, prompt)
+            seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
+            for sequence in range(body.num_sequences):
+                request = GenerationRequest(
+                    request_id=f"{answer_id}-{len(choices)}",
+                    prompt_token_ids=prompt,
+                    sampling=sampling.model_copy(update={"seed": _seed(seed, sequence)}),
+                    timeout=body.timeout,
+                    cache_salt=body.cache_salt,
+                    timeline=Timeline(arrived),
+                )
+                choices.append(Choice(request, self._output(body, len(choices), prompt, echo)))
         return Job(
             head=AnswerHead(answer_id, self._served_model_name, self._text.fingerprint),
-            shape=shape,
+            shape=ChatShape(names) if chat else CompletionShape(names),
             choices=choices,
-            arrived=arrived,
+            num_sequences=body.num_sequences,
+            num_shown=body.n,
             stream=body.stream,
             include_usage=body.include_usage,
             return_token_ids=body.return_token_ids,
         )
+
+    async def _grammar(self, body: GenerationBody) -> Grammar | None:
+        """What the output must be, checked in a thread: a large schema takes its time."""
+        asked = body.grammar()
+        if asked is None:
+            return None
+        grammar, field = asked
+        if body.ignore_eos:
+            message = f"ignore_eos cannot be combined with {field}, whose output has an end"
+            raise InvalidRequestError(message, "ignore_eos")
+        if not (self._text.eos_token_ids or body.stop_token_ids):
+            message = f"{field} needs stop_token_ids: this model has no end-of-text token"
+            raise InvalidRequestError(message, field)
+        try:
+            await asyncio.to_thread(check, grammar)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"{field}: {error}", field) from error
+        return grammar
+
+    async def _echo(self, body: GenerationBody, prompt: list[int]) -> Echo | None:
+        """The prompt's text, if it is to be shown; of a long one it takes a while."""
+        if not (isinstance(body, CompletionBody) and body.echo):
+            return None
+        detokenizer = self._text.detokenizer([], skip_special_tokens=body.skip_special_tokens)
+        return await asyncio.to_thread(Echo.of, prompt, detokenizer)
 
     def _max_tokens(self, body: GenerationBody, prompt_field: str, num_prompt: int) -> int:
         limit = self._generator.max_model_len
@@ -145,10 +183,15 @@ class Intake:
             raise InvalidRequestError(message, "min_tokens")
         return max_tokens
 
-    def _sampling(self, body: GenerationBody, max_tokens: int) -> SamplingParams:
+    def _sampling(
+        self, body: GenerationBody, max_tokens: int, grammar: Grammar | None
+    ) -> SamplingParams:
+        logprobs = body.num_logprobs
+        scored = isinstance(body, CompletionBody) and body.echo
+        ranked = body.num_sequences > body.n  # by their log probabilities
         eos = () if body.ignore_eos else self._text.eos_token_ids
         return SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=max(max_tokens, 1),  # the workers sample one with any prompt
             temperature=body.temperature,
             top_k=min(max(body.top_k, 0), self._text.vocab_size),
             top_p=body.top_p,
@@ -156,12 +199,27 @@ class Intake:
             repetition_penalty=body.repetition_penalty,
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
-            seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
             min_tokens=body.min_tokens,
             stop_token_ids=tuple(dict.fromkeys((*body.stop_token_ids, *eos))),
+            logit_bias=self._logit_bias(body),
+            logprobs=0 if logprobs is None and ranked else logprobs,
+            prompt_logprobs=logprobs if scored else None,
+            grammar=grammar,
         )
 
-    def _output(self, body: GenerationBody, index: int, prompt: Sequence[int]) -> Output:
+    def _logit_bias(self, body: GenerationBody) -> tuple[tuple[int, float], ...]:
+        biases: dict[int, float] = {}
+        for key, bias in body.logit_bias.items():
+            if not (key.isascii() and key.isdecimal() and len(key) < 10):
+                message = f"logit_bias: {key!r} is not a token id"
+                raise InvalidRequestError(message, "logit_bias")
+            biases[int(key)] = bias
+        self._text.check_token_ids([*biases], "logit_bias")
+        return tuple(biases.items())
+
+    def _output(
+        self, body: GenerationBody, index: int, prompt: Sequence[int], echo: Echo | None
+    ) -> Output:
         detokenizer = self._text.detokenizer(prompt, skip_special_tokens=body.skip_special_tokens)
         return Output(
             index,
@@ -169,4 +227,14 @@ class Intake:
             body.stop,
             include_stop=body.include_stop_str_in_output,
             min_tokens=body.min_tokens,
+            echo=echo,
+            only_echo=body.limit == 0,
         )
+
+
+def _seed(seed: int, sequence: int) -> int:
+    """A seed for each sequence of a prompt: the request's own for the first."""
+    if sequence == 0:
+        return seed
+    derived = hashlib.blake2b(b"%d %d" % (seed, sequence), digest_size=8)
+    return int.from_bytes(derived.digest(), "little")

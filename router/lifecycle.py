@@ -3,7 +3,8 @@
     WAITING ──Placed──> PREFILLING ──first token──> DECODING ──last token──> ENDED
        ^                    │                          │
        └── worker lost or left, retryable failure ─────┘   while retries are left
-    any state ──final failure, client gone, deadline, no workers──> ENDED
+    any state ──final failure, client gone, deadline──> ENDED
+    WAITING ──no workers, shed──> ENDED
 
 An event goes in, actions come out; nothing is sent or awaited here. ``TRANSITIONS`` names what
 every event does in every state.
@@ -21,8 +22,15 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-from protocol.errors import DeadlineError, KvferryError, WorkerLostError
+from protocol.errors import (
+    DeadlineError,
+    KvferryError,
+    OverloadedError,
+    UnavailableError,
+    WorkerLostError,
+)
 from protocol.messages import FinishReason, FirstToken, TokenUpdate
+from protocol.sampling import TokenLogprobs
 from router.generation import TokenChunk
 from router.lifecycle_events import (
     Action,
@@ -36,6 +44,7 @@ from router.lifecycle_events import (
     NoWorkers,
     Placed,
     Retry,
+    Shed,
     WorkerLeft,
     WorkerLost,
 )
@@ -44,7 +53,7 @@ from router.lifecycle_events import (
 class RequestState(Enum):
     """Where a request stands; the module's docstring draws the transitions."""
 
-    WAITING = auto()  # for workers
+    WAITING = auto()  # for its turn on two workers
     PREFILLING = auto()
     DECODING = auto()
     ENDED = auto()
@@ -92,18 +101,26 @@ class RequestLifecycle:
 
     def _first_token(self, event: FirstToken) -> list[Action]:
         self.state = RequestState.DECODING
-        return self._deliver(event.index, [event.token_id], event.finish_reason)
+        update = TokenUpdate(
+            request_id=event.request_id,
+            index=event.index,
+            token_ids=[event.token_id],
+            finish_reason=event.finish_reason,
+            logprobs=None if event.logprobs is None else [event.logprobs],
+        )
+        return self._deliver(update, event if not self.token_ids else None)
 
     def _tokens(self, event: TokenUpdate) -> list[Action]:
         self._decode_has_it = True
-        return self._deliver(event.index, event.token_ids, event.finish_reason)
+        return self._deliver(event)
 
     def _failed(self, event: AttemptFailed) -> list[Action]:
         if not event.error.retryable:
             return self._fail(event.error)
-        # A worker that can still complain is not at fault: its partner is lost or has no room.
-        partner = self.decode_id if event.worker_id == self.prefill_id else self.prefill_id
-        self.avoid.add(partner)
+        if not isinstance(event.error, OverloadedError):
+            # A worker that can still complain is not at fault: its partner is lost.
+            partner = self.decode_id if event.worker_id == self.prefill_id else self.prefill_id
+            self.avoid.add(partner)
         return self._try_again(event.error, event.error.code)
 
     def _lost(self, event: WorkerLost) -> list[Action]:
@@ -120,7 +137,12 @@ class RequestLifecycle:
         error = WorkerLostError(f"{role} worker {event.worker_id} left")
         return self._try_again(error, "worker_left", charge=False)  # each leaves but once
 
+    def _shed(self, event: Shed) -> list[Action]:
+        return self._fail(event.error)
+
     def _no_workers(self, event: NoWorkers) -> list[Action]:
+        if self._failure is None:
+            return self._fail(UnavailableError(event.reason))
         return self._fail(WorkerLostError(f"{self._failure}, and then {event.reason}"))
 
     def _time_out(self, _: DeadlinePassed) -> list[Action]:
@@ -134,27 +156,35 @@ class RequestLifecycle:
 
     # What they share -------------------------------------------------------------------------
 
-    def _deliver(
-        self, index: int, token_ids: list[int], reason: FinishReason | None
-    ) -> list[Action]:
-        update = TokenUpdate(
-            request_id=self.attempt_id, index=index, token_ids=token_ids, finish_reason=reason
-        )
-        known = self._early.get(index)
-        if known is None or len(token_ids) > len(known.token_ids):
-            self._early[index] = update
+    def _deliver(self, update: TokenUpdate, first: FirstToken | None = None) -> list[Action]:
+        """What can be delivered now; ``first`` is what comes with the very first token."""
+        known = self._early.get(update.index)
+        if known is None or len(update.token_ids) > len(known.token_ids):
+            self._early[update.index] = update
         ready: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        reason: FinishReason | None = None
         for start in sorted(self._early):
-            if start > len(self.token_ids):
+            if start > len(self.token_ids) or reason is not None:
                 break
             update = self._early.pop(start)
-            fresh = update.token_ids[len(self.token_ids) - start :]
-            ready += fresh
-            self.token_ids += fresh
-            if update.finish_reason is not None:
-                self.state = RequestState.ENDED
-                return [Deliver(TokenChunk(ready, update.finish_reason))]
-        return [Deliver(TokenChunk(ready))] if ready else []
+            num_known = len(self.token_ids) - start
+            ready += update.token_ids[num_known:]
+            logprobs += (update.logprobs or [])[num_known:]
+            self.token_ids += update.token_ids[num_known:]
+            reason = update.finish_reason
+        if reason is not None:
+            self.state = RequestState.ENDED
+        elif not ready:
+            return []
+        chunk = TokenChunk(
+            ready,
+            reason,
+            logprobs=logprobs or None,
+            prompt_logprobs=first.prompt_logprobs if first else None,
+            num_cached_tokens=first.num_cached_tokens if first else None,
+        )
+        return [Deliver(chunk)]
 
     def _role_needed(self, worker_id: str) -> str | None:
         """What the attempt still needs a worker for."""
@@ -207,6 +237,7 @@ TRANSITIONS: Mapping[RequestState, Mapping[type[Event], Transition]] = {
     RequestState.WAITING: {
         Placed: RequestLifecycle._start,
         NoWorkers: RequestLifecycle._no_workers,
+        Shed: RequestLifecycle._shed,
         WorkerLost: RequestLifecycle._ignore,
         WorkerLeft: RequestLifecycle._ignore,
         ClientGone: RequestLifecycle._leave,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.errors import KvferryError
+from protocol.errors import KvferryError, OverloadedError
 from protocol.messages import FirstToken, TokenUpdate
 from router.generation import TokenChunk
 
@@ -24,6 +24,13 @@ class NoWorkers:
     """No two workers could be found for too long."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """The request is turned away before it has started."""
+
+    error: OverloadedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,7 @@ class DeadlinePassed:
 Event = (
     Placed
     | NoWorkers
+    | Shed
     | FirstToken
     | TokenUpdate
     | AttemptFailed
@@ -97,7 +105,7 @@ class CancelOn:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Look for workers for another attempt; ``reason`` is a metric's label."""
+    """Queue the request for another attempt; ``reason`` is a metric's label."""
 
     reason: str
 

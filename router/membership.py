@@ -1,8 +1,10 @@
 """How workers join, leave and are found dead: the router's side of the links, without requests.
 
 A worker is lost when its connection is gone, which a killed process shows at the next heartbeat
-sent to it, or when nothing has been heard of it for ``SILENCE`` (a frozen one, or one whose host
-is gone). It may come back at any time: nothing about a lost worker is remembered.
+sent to it, when nothing has been heard of it for ``SILENCE`` (a frozen one, or one whose host is
+gone), or when one of its messages is missing: both ends count those about requests, and each
+heartbeat tells the other end how many it must have received, so that what a broken connection
+loses is noticed. It may come back at any time: nothing about a lost worker is remembered.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from protocol.messages import (
     Heartbeat,
     Leaving,
     Left,
+    Message,
     Register,
     RegisterAgain,
     Registered,
@@ -56,8 +59,7 @@ class Membership:
             case Register():
                 self._register(peer, message, now)
             case Heartbeat():
-                if not self.registry.heartbeat(peer, message, now):
-                    self._link.send(peer, RegisterAgain())
+                self._heartbeat(peer, message, now)
             case Leaving():
                 self.registry.leave(peer)
             case Left():
@@ -65,6 +67,18 @@ class Membership:
                 if worker is not None:
                     log.info("worker %s left", worker.worker_id)
                     self._on_lost(worker, True)
+
+    def send(self, worker: Worker, message: Message) -> bool:
+        """Send a message about a request; False if the worker cannot be reached."""
+        worker.num_sent += 1
+        return self._link.send(worker.peer, message)
+
+    def sender(self, peer: bytes) -> Worker | None:
+        """The worker from which a message about requests has come; None: it is not registered."""
+        worker = self.registry.get(peer)
+        if worker is not None:
+            worker.num_received += 1
+        return worker
 
     def drain(self, worker_id: str) -> Worker:
         """Ask a worker to leave. Raises WorkerNotFoundError."""
@@ -85,16 +99,26 @@ class Membership:
         """Watch over the workers until cancelled."""
         while True:
             for worker in self.registry.all():
-                if not self._link.send(worker.peer, RouterHeartbeat()):
+                if not self._beat(worker):
                     self.lose(worker, "its connection is gone")
             for worker in self.registry.expire(time.monotonic()):
                 self._report(worker, f"silent for {SILENCE:g} s")
             await asyncio.sleep(HEARTBEAT_INTERVAL)
 
+    def _beat(self, worker: Worker) -> bool:
+        return self._link.send(worker.peer, RouterHeartbeat(num_sent=worker.num_sent))
+
+    def _heartbeat(self, peer: bytes, message: Heartbeat, now: float) -> None:
+        worker = self.registry.get(peer)
+        if worker is not None and worker.num_received != message.num_sent:
+            self.lose(worker, "messages from it were lost")
+        if not self.registry.heartbeat(peer, message, now):
+            self._link.send(peer, RegisterAgain())
+
     def _register(self, peer: bytes, info: Register, now: float) -> None:
         rival = self.registry.named(info.worker_id)
         if rival is not None and rival.info.epoch != info.epoch:
-            if self._link.send(rival.peer, RouterHeartbeat()):
+            if self._beat(rival):
                 other = f"pid {rival.info.pid} on {rival.info.host}"
                 reason = f"another worker is registered as {info.worker_id}: {other}"
                 self._link.send(peer, RegistrationRefused(reason=reason))

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from protocol.errors import KvferryError
+from router.activity import Activity
+from router.generation import GenerationRequest
+from router.request_log import Record, RequestLog
+from router.timeline import ROUTER_QUEUE
+
 CLIENT_CLOSED_REQUEST = 499  # nobody receives it; proxies count it under this number
+CANCELLED = "cancelled"  # the outcome of a sequence that nobody waits for any more
 
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2.5, 5, 10)
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class RouterMetrics:
-    """All of the router's series. Names follow vLLM's, with the prefix ``kvferry_``."""
+    """All of the router's series, and what the console shows of the same sequences.
+
+    Names follow vLLM's, with the prefix ``kvferry_``.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self.activity = Activity(time.monotonic())
+        self.log = RequestLog()
+
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"kvferry_{name}", text, registry=registry, buckets=buckets)
 
@@ -72,36 +87,88 @@ class DispatchMetrics:
         )
 
 
+class QueueMetrics:
+    """What the queue in front of the workers counts; ``depth`` tells how many wait."""
+
+    def __init__(self, registry: CollectorRegistry, depth: Callable[[], int]) -> None:
+        self.queue_time = Histogram(
+            "kvferry_request_queue_time_seconds",
+            "From a request's arrival, or its attempt's failure, to its workers",
+            registry=registry,
+            buckets=SLOW,
+        )
+        self.shed = Counter(
+            "kvferry_requests_shed_total",
+            "Requests turned away with 429",
+            ["reason"],
+            registry=registry,
+        )
+        waiting = Gauge(
+            "kvferry_num_requests_waiting", "Sequences that wait for workers", registry=registry
+        )
+        waiting.set_function(depth)
+
+
 class SequenceTimer:
-    """One sequence's times, from the arrival of its request."""
+    """One sequence's times, as its client sees them: measured from ``with`` to its end."""
 
-    def __init__(self, metrics: RouterMetrics, arrived: float, num_prompt_tokens: int) -> None:
+    def __init__(self, metrics: RouterMetrics, request: GenerationRequest) -> None:
         self._metrics = metrics
-        self._arrived = arrived  # time.perf_counter()
-        self._first = self._last = arrived
-        self._num_prompt_tokens = num_prompt_tokens
-        self._num_tokens = 0
+        self._timeline = request.timeline
+        self._record = Record(request.request_id, len(request.prompt_token_ids), request.timeline)
+        self._reason: str | None = None
 
-    def tokens(self, count: int) -> None:
-        """``count`` tokens came together."""
+    def __enter__(self) -> Self:
+        now = time.monotonic()
+        self._timeline.enter(ROUTER_QUEUE, now)
+        self._metrics.running.inc()
+        self._metrics.log.begin(self._record)
+        self._metrics.activity.arrived(now)
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        now = time.monotonic()
+        outcome = self._reason or _outcome(error)
+        self._metrics.running.dec()
+        self._metrics.log.end(self._record, outcome, now)
+        if self._reason is None and outcome != CANCELLED:
+            self._metrics.activity.failed(now)
+
+    def tokens(self, count: int, num_cached_tokens: int | None = None) -> None:
+        """``count`` tokens came together; with the first ones, how much prefill had cached."""
         if count == 0:
             return
-        now = time.perf_counter()
+        now, last = time.monotonic(), self._timeline.last_token
+        self._timeline.deliver(count, now)
         self._metrics.generation_tokens.inc(count)
-        if self._num_tokens == 0:
-            self._first = now
-            self._metrics.prompt_tokens.inc(self._num_prompt_tokens)
-            self._metrics.time_to_first_token.observe(now - self._arrived)
+        gap = None if last is None else (now - last) / count
+        self._metrics.activity.tokens(count, gap, now)
+        if gap is None:
+            seconds, num_prompt_tokens = (
+                now - self._timeline.received,
+                self._record.num_prompt_tokens,
+            )
+            self._record.num_cached_tokens = num_cached_tokens
+            self._metrics.prompt_tokens.inc(num_prompt_tokens)
+            self._metrics.time_to_first_token.observe(seconds)
+            self._metrics.activity.first_token(seconds, num_prompt_tokens, now)
         else:
             for _ in range(count):
-                self._metrics.inter_token_latency.observe((now - self._last) / count)
-        self._num_tokens += count
-        self._last = now
+                self._metrics.inter_token_latency.observe(gap)
 
     def finished(self, reason: str) -> None:
         """The sequence ended well."""
+        self._reason = reason
+        now, tpot = time.monotonic(), self._timeline.time_per_output_token
         self._metrics.success.labels(finished_reason=reason).inc()
-        self._metrics.latency.observe(time.perf_counter() - self._arrived)
-        if self._num_tokens > 1:
-            mean = (self._last - self._first) / (self._num_tokens - 1)
-            self._metrics.time_per_output_token.observe(mean)
+        self._metrics.latency.observe(now - self._timeline.received)
+        self._metrics.activity.served(self._timeline.time_to_first_token or 0.0, tpot, now)
+        if tpot is not None:
+            self._metrics.time_per_output_token.observe(tpot)
+
+
+def _outcome(error: BaseException | None) -> str:
+    """How a sequence ended that did not end well."""
+    if isinstance(error, KvferryError):
+        return error.code
+    return KvferryError.code if isinstance(error, Exception) else CANCELLED

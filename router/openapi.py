@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from router.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from router.activity import SHORTEST
+from router.schema_base import Body
+from router.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
 VERSION = "3.1.0"
 REF = "#/components/schemas/{model}"
@@ -20,9 +23,20 @@ _BODIES: dict[str, tuple[type[Body], str]] = {
 _PAGES: dict[str, tuple[str, str | None]] = {  # what each says, and as what
     "/v1/models": ("The served model", "application/json"),
     "/admin/workers": ("Every worker with its state and load", "application/json"),
+    "/admin/overview": (
+        "The last minute and ten minutes: latency, rates, goodput",
+        "application/json",
+    ),
+    "/admin/requests": ("Sequences under way, recent and slow ones", "application/json"),
+    "/admin/requests/{request_id}": ("Where one request's time went", "application/json"),
+    "/admin/targets": ("The workers' metrics, for Prometheus' http_sd", "application/json"),
     "/health": ("Whether this process is alive", None),
     "/ready": ("Whether a request can be served now; 503 says why not", "application/json"),
     "/metrics": ("Metrics for Prometheus", "text/plain"),
+}
+_QUERIES: dict[str, dict[str, float]] = {  # a page's numbers, and the least each may be
+    "/admin/overview": {"ttft": SHORTEST, "tpot": SHORTEST, "after": 0},
+    "/admin/requests": {"limit": 1},
 }
 _DRAIN = "/admin/workers/{worker_id}/drain"
 _STREAMS = ("/v1/completions", "/v1/chat/completions")
@@ -67,16 +81,16 @@ def description(title: str) -> dict[str, Any]:
     for path, (summary, kind) in _PAGES.items():
         operation: dict[str, Any] = {
             "summary": summary,
+            "parameters": [*map(_in_path, _names(path)), *_in_query(_QUERIES.get(path, {}))],
             "responses": _responses({kind: {}} if kind else {}),
         }
         if path in _OPEN:
             operation["security"] = []
         paths[path] = {"get": operation}
-    worker = {"name": "worker_id", "in": "path", "required": True, "schema": {"type": "string"}}
     paths[_DRAIN] = {
         "post": {
             "summary": "Let a worker end its work and leave",
-            "parameters": [worker],
+            "parameters": [*map(_in_path, _names(_DRAIN))],
             "responses": _responses({"application/json": {}}),
         }
     }
@@ -90,6 +104,21 @@ def description(title: str) -> dict[str, Any]:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def _names(path: str) -> list[str]:
+    return [name for _, name, _, _ in Formatter().parse(path) if name]
+
+
+def _in_path(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _in_query(numbers: dict[str, float]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "query", "schema": {"type": "number", "minimum": least}}
+        for name, least in numbers.items()
+    ]
 
 
 def _responses(content: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which prefill and decode worker serve a request: a pure function over the registry.
 
-Load is what the router itself dispatched, or what the worker reported if that is more (other
-routers may serve the same pools): a burst between two heartbeats is seen at once.
+Load is what the router itself dispatched beside what the worker reported (other routers may
+serve the same pools): a burst between two heartbeats is seen at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,14 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 from protocol.errors import UnavailableError
+from router.capacity import (
+    Demand,
+    free_blocks,
+    held_sequences,
+    queued_tokens,
+    takes_prompt,
+    takes_sequence,
+)
 from router.registry import Registry, Worker
 
 
@@ -21,35 +29,33 @@ class Pair:
     decode: Worker
 
 
-def prefill_load(worker: Worker) -> int:
-    """Tokens queued."""
-    return max(worker.assigned_tokens, worker.load.waiting_tokens)
-
-
-def decode_load(worker: Worker) -> tuple[int, int]:
-    """Sequences held, then KV blocks in use."""
-    reported = worker.load.num_running + worker.load.num_waiting + worker.load.open_grants
-    used_blocks = worker.load.total_blocks - worker.load.free_blocks
-    return max(len(worker.assigned), reported), used_blocks
-
-
-def choose_pair(registry: Registry, avoid: Set[str] = frozenset()) -> Pair:
-    """The least loaded prefill worker and the least loaded decode worker whose KV fits together.
-
-    Workers whose id is in ``avoid`` are taken only where there are no others. Raises
-    UnavailableError when there is no such pair, naming the pool or field at fault.
-    """
-    prefills = registry.serving("prefill")
-    decodes = registry.serving("decode")
-    prefills.sort(key=lambda worker: (worker.worker_id in avoid, prefill_load(worker)))
-    decodes.sort(key=lambda worker: (worker.worker_id in avoid, decode_load(worker)))
+def check_serving(registry: Registry) -> None:
+    """Raise UnavailableError, naming the pool or field at fault, when no pair serves at all."""
+    prefills, decodes = registry.serving("prefill"), registry.serving("decode")
     for name, pool in (("prefill", prefills), ("decode", decodes)):
         if not pool:
             raise UnavailableError(f"no {name} worker is serving")
-    difference: str | None = None
+    if _first_pair(prefills, decodes) is None:
+        difference = prefills[0].info.fingerprint.difference(decodes[0].info.fingerprint)
+        message = "no prefill and decode workers whose KV fits together"
+        raise UnavailableError(f"{message}: {difference}")
+
+
+def choose_pair(registry: Registry, demand: Demand, avoid: Set[str] = frozenset()) -> Pair | None:
+    """The least loaded workers with room for the demand whose KV fits together, or None.
+
+    Workers whose id is in ``avoid`` are taken only where no others have room.
+    """
+    prefills = [w for w in registry.serving("prefill") if takes_prompt(w)]
+    decodes = [w for w in registry.serving("decode") if takes_sequence(w, demand)]
+    prefills.sort(key=lambda w: (w.worker_id in avoid, queued_tokens(w)))
+    decodes.sort(key=lambda w: (w.worker_id in avoid, held_sequences(w), -free_blocks(w)))
+    return _first_pair(prefills, decodes)
+
+
+def _first_pair(prefills: list[Worker], decodes: list[Worker]) -> Pair | None:
     for prefill in prefills:
         for decode in decodes:
-            difference = prefill.info.fingerprint.difference(decode.info.fingerprint)
-            if difference is None:
+            if prefill.info.fingerprint == decode.info.fingerprint:
                 return Pair(prefill, decode)
-    raise UnavailableError(f"no prefill and decode workers whose KV fits together: {difference}")
+    return None

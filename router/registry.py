@@ -20,16 +20,35 @@ class WorkerState(Enum):
     LEAVING = "leaving"
 
 
+@dataclass(slots=True)
+class Assignment:
+    """An attempt that a worker was given."""
+
+    num_tokens: int  # of the prompt and of the output so far
+    expected_tokens: int  # in the end
+    begun: bool  # it takes room on the worker
+    reported: bool = False  # and the worker's load includes it
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One registered worker. ``assigned`` maps attempts to their tokens."""
+    """One registered worker and the attempts it holds, by id."""
 
     peer: bytes
     info: Register
-    load: WorkerLoad
     last_seen: float
+    load: WorkerLoad = field(init=False)
     state: WorkerState = WorkerState.SERVING
-    assigned: dict[str, int] = field(default_factory=dict)
+    assigned: dict[str, Assignment] = field(default_factory=dict)
+    full: bool = False  # it refused a request; its next report tells why
+    foreign_tokens: int = 0  # prompt tokens that other routers queued there
+    foreign_sequences: int = 0
+    returned_blocks: int = 0  # by attempts that have ended since the last report
+    num_sent: int = 0  # messages about requests, to the worker
+    num_received: int = 0  # and from it
+
+    def __post_init__(self) -> None:
+        self.report(self.info.load)
 
     @property
     def worker_id(self) -> str:
@@ -39,7 +58,25 @@ class Worker:
     @property
     def assigned_tokens(self) -> int:
         """Tokens of the attempts this router gave it."""
-        return sum(self.assigned.values())
+        return sum(assignment.num_tokens for assignment in self.assigned.values())
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """KV blocks that hold ``num_tokens`` tokens."""
+        return self.info.fingerprint.geometry.blocks_for(num_tokens)
+
+    def report(self, load: WorkerLoad) -> None:
+        """The worker has told its load."""
+        self.load, self.full, self.returned_blocks = load, False, 0
+        self.foreign_sequences = max(0, load.num_promised - len(self.assigned))
+        self.foreign_tokens = max(0, load.waiting_tokens - self.assigned_tokens)
+        for assignment in self.assigned.values():
+            assignment.reported |= assignment.begun
+
+    def end(self, attempt_id: str) -> None:
+        """An attempt is over on this worker, if it was there."""
+        assignment = self.assigned.pop(attempt_id, None)
+        if assignment is not None and assignment.reported:
+            self.returned_blocks += self.blocks_for(assignment.num_tokens)
 
     def row(self) -> dict[str, Any]:
         """The worker as ``GET /admin/workers`` shows it."""
@@ -96,13 +133,14 @@ class Registry:
         """
         known = self._workers.get(peer)
         if known is not None and _incarnation(known.info) == _incarnation(info):
-            known.info, known.load, known.last_seen = info, info.load, now
+            known.info, known.last_seen = info, now
+            known.report(info.load)
             return []
         workers = self._workers.values()
         replaced = [w for w in workers if w.worker_id == info.worker_id or w.peer == peer]
         for worker in replaced:
             del self._workers[worker.peer]
-        self._workers[peer] = Worker(peer, info, info.load, now)
+        self._workers[peer] = Worker(peer, info, now)
         return replaced
 
     def heartbeat(self, peer: bytes, message: Heartbeat, now: float) -> bool:
@@ -110,7 +148,8 @@ class Registry:
         worker = self._workers.get(peer)
         if worker is None or worker.info.epoch != message.epoch:
             return False
-        worker.load, worker.last_seen = message.load, now
+        worker.report(message.load)
+        worker.last_seen = now
         return True
 
     def leave(self, peer: bytes) -> None:

@@ -8,44 +8,43 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from protocol.errors import InvalidRequestError
+from router.schema_base import Body, refuse
+from router.structured_output import StructuredOptions
 
-MAX_PROMPTS = 128
+MAX_SEQUENCES = 128  # of one request: prompts times the larger of n and best_of
+MAX_LOGPROBS = 20
+MAX_BIASES = 300
 MAX_STOP_STRINGS = 4
 MAX_STOP_TOKEN_IDS = 128
 
 Prompt = str | list[int]
 Content = str | list[dict[Literal["type", "text"], str]]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 # Field: the values that ask for nothing beyond what is always done.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (1,),
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_whitespace_pattern": (),
     "length_penalty": (1, 1.0),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "logprobs": (False,),
+    "max_completion_tokens": (),
     "modalities": (["text"],),
-    "n": (1,),
+    "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
+    "structural_tag": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -62,18 +61,6 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
 }
 
 
-def _same(left: object, right: object) -> bool:
-    return type(left) is type(right) and left == right  # False is not 0 here
-
-
-def _refuse(
-    fields: dict[str, Any], unsupported: dict[str, tuple[object, ...]], prefix: str = ""
-) -> None:
-    for name, neutral in unsupported.items():
-        if name in fields and not any(_same(fields[name], value) for value in neutral):
-            raise InvalidRequestError(f"{prefix}{name} is not supported", f"{prefix}{name}")
-
-
 def _prompts(value: object) -> list[Prompt]:
     """One prompt or several, each text or token ids, as a list of prompts."""
     prompts = [value] if isinstance(value, str) or _is_token_ids(value) else value
@@ -83,8 +70,8 @@ def _prompts(value: object) -> list[Prompt]:
         raise ValueError("must be a string, a list of token ids, or a list of either")
     if not all(prompts):
         raise ValueError("is empty")
-    if len(prompts) > MAX_PROMPTS:
-        raise ValueError(f"has {len(prompts)} prompts, the limit is {MAX_PROMPTS}")
+    if len(prompts) > MAX_SEQUENCES:
+        raise ValueError(f"has {len(prompts)} prompts, the limit is {MAX_SEQUENCES}")
     return prompts
 
 
@@ -123,19 +110,6 @@ def _text_part(part: object) -> str:
             raise ValueError('must hold parts like {"type": "text", "text": "..."}')
 
 
-class Body(BaseModel):
-    """Base of all bodies."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_absent(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if value is not None}
-
-
 class StreamOptions(Body):
     """What a stream carries beside the text."""
 
@@ -151,7 +125,7 @@ class ChatMessage(Body):
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> Self:
-        _refuse(self.model_extra or {}, _UNSUPPORTED_IN_MESSAGE, "messages.")
+        refuse(self.model_extra or {}, _UNSUPPORTED_IN_MESSAGE, "messages.")
         return self
 
     def for_template(self) -> dict[str, str]:
@@ -160,12 +134,14 @@ class ChatMessage(Body):
         return fields if self.name is None else {**fields, "name": self.name}
 
 
-class GenerationBody(Body):
+class GenerationBody(StructuredOptions):
     """What both generating endpoints take."""
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=MAX_SEQUENCES)
+    best_of: int | None = Field(None, ge=1, le=MAX_SEQUENCES)  # so many are made, n are shown
     max_tokens: int | None = Field(None, ge=1)
     timeout: float | None = Field(None, gt=0)  # seconds, at most the router's own
     min_tokens: int = Field(0, ge=0)
@@ -186,14 +162,31 @@ class GenerationBody(Body):
     skip_special_tokens: bool = True
     add_special_tokens: bool | None = None  # default: text yes, rendered chats no
     return_token_ids: bool = False
+    logit_bias: dict[str, Bias] = Field(default_factory=dict, max_length=MAX_BIASES)
+    cache_salt: str = Field("", max_length=256)  # KV is shared only under the same salt
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> Self:
-        _refuse(self.model_extra or {}, _UNSUPPORTED)
+        refuse(self.model_extra or {}, _UNSUPPORTED)
         if self.stream_options is not None and not self.stream:
             message = "stream_options is only allowed when stream is true"
             raise InvalidRequestError(message, "stream_options")
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidRequestError(f"best_of {self.best_of} is less than n {self.n}", "best_of")
+        if self.stream and self.num_sequences > self.n:
+            message = "best_of above n cannot be streamed: the best are known at the end"
+            raise InvalidRequestError(message, "best_of")
         return self
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences to generate for a prompt, of which the best ``n`` are shown."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to show for each token; None: no log probabilities."""
+        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:
@@ -217,6 +210,27 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[
         list[Prompt], BeforeValidator(_prompts, json_schema_input_type=Prompt | list[Prompt])
     ]
+    max_tokens: int | None = Field(None, ge=0)  # 0 only with echo
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequestError("max_tokens 0 is only allowed with echo", "max_tokens")
+        width = self.num_sequences
+        if len(self.prompt) * width > MAX_SEQUENCES:
+            param = "n" if width == self.n else "best_of"
+            message = (
+                f"{param} {width} for {len(self.prompt)} prompts: {MAX_SEQUENCES} is the limit"
+            )
+            raise InvalidRequestError(message, param)
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to show for each token; None: no log probabilities."""
+        return self.logprobs
 
 
 class ChatOptions(Body):
@@ -231,6 +245,19 @@ class ChatBody(ChatOptions, GenerationBody):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)  # wins over max_tokens
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _top_of_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError("top_logprobs needs logprobs true", "top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to show for each token; None: no log probabilities."""
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def limit_field(self) -> str:

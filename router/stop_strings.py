@@ -30,7 +30,7 @@ class StopStrings:
             self.matched, self._held = True, ""
             end, start = min(found)
             return text[: end if self._include else start]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        held = max((overlap(text, stop) for stop in self._stops), default=0)
         cut = len(text) - held
         self._held = text[cut:]
         return text[:cut]
@@ -41,7 +41,7 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a proper beginning of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -18,11 +19,12 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from protocol.errors import KvferryError
-from router.answers import AnswerHead, Shape, usage, whole_choice
+from router.answers import AnswerHead, Shape, best, joined, usage
 from router.generation import GenerationRequest, Generator
 from router.http_errors import INTERNAL_ERROR, error_body
 from router.metrics import RouterMetrics, SequenceTimer
 from router.output import Output, Piece
+from router.timeline import FIRST_SEQUENCE
 
 T = TypeVar("T")
 
@@ -41,38 +43,76 @@ class Job:
 
     head: AnswerHead
     shape: Shape
-    choices: Sequence[Choice]
-    arrived: float  # time.perf_counter()
+    choices: Sequence[Choice]  # those of one prompt lie together
+    num_sequences: int  # generated for each prompt
+    num_shown: int  # of those: the best
     stream: bool
     include_usage: bool
     return_token_ids: bool
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(len(choice.request.prompt_token_ids) for choice in self.choices)
+        """Tokens of all prompts, however many sequences continue each."""
+        leaders = self.choices[:: self.num_sequences]
+        return sum(len(choice.request.prompt_token_ids) for choice in leaders)
+
+    def num_cached_tokens(self, piece: Piece) -> int:
+        """Prompt tokens that the piece says were not computed; a prompt's first sequence tells."""
+        return 0 if piece.index % self.num_sequences else piece.num_cached_tokens
+
+    def asked_by(self, client: str) -> Job:
+        """The same job, waiting for its turn under a client's name."""
+        choices = [
+            replace(choice, request=replace(choice.request, client=client))
+            for choice in self.choices
+        ]
+        return replace(self, choices=choices)
 
 
 async def run(
     job: Job, generator: Generator, metrics: RouterMetrics
 ) -> AsyncGenerator[Piece, None]:
-    """The pieces of all choices as they come. Raises KvferryError."""
-    streams = [_run_choice(choice, job.arrived, generator, metrics) for choice in job.choices]
-    pieces = streams[0] if len(streams) == 1 else _interleave(streams)
+    """The pieces of all choices as they come. Raises KvferryError.
+
+    A prompt's other sequences start when decode has given its first one a token, or it has ended:
+    only then both pools have the prompt's KV in their caches.
+    """
+    begun = [asyncio.Event() for _ in job.choices[:: job.num_sequences]]  # one a prompt
+    streams = []
+    for index, choice in enumerate(job.choices):
+        prompt, sequence = divmod(index, job.num_sequences)
+        pieces = _run_choice(choice, generator, metrics)
+        if sequence > 0:
+            choice.request.timeline.enter(FIRST_SEQUENCE, time.monotonic())
+        streams.append(_in_turn(pieces, begun[prompt], leads=sequence == 0))
+    merged = streams[0] if len(streams) == 1 else _interleave(streams)
+    async with aclosing(merged):
+        async for piece in merged:
+            yield piece
+
+
+async def _in_turn(
+    pieces: AsyncGenerator[Piece, None], begun: asyncio.Event, *, leads: bool
+) -> AsyncGenerator[Piece, None]:
     async with aclosing(pieces):
+        if not leads:
+            await begun.wait()
+        tokens_came = False
         async for piece in pieces:
+            if tokens_came or piece.finish_reason is not None:  # prefill gave only the first
+                begun.set()
+            tokens_came = True
             yield piece
 
 
 async def _run_choice(
-    choice: Choice, arrived: float, generator: Generator, metrics: RouterMetrics
+    choice: Choice, generator: Generator, metrics: RouterMetrics
 ) -> AsyncGenerator[Piece, None]:
-    timer = SequenceTimer(metrics, arrived, len(choice.request.prompt_token_ids))
-    with metrics.running.track_inprogress():
+    with SequenceTimer(metrics, choice.request) as timer:
         async with aclosing(generator.generate(choice.request)) as chunks:
             async for chunk in chunks:
                 piece = choice.output.push(chunk)
-                timer.tokens(len(piece.token_ids))
+                timer.tokens(len(piece.token_ids), chunk.num_cached_tokens)
                 if piece.finish_reason is not None:
                     timer.finished(piece.finish_reason)
                 yield piece
@@ -129,20 +169,24 @@ async def whole_answer(job: Job, pieces: AsyncGenerator[Piece, None]) -> dict[st
     async with aclosing(pieces):
         async for piece in pieces:
             outputs[piece.index].append(piece)
-    choices = []
-    num_tokens = 0
-    for index, output in enumerate(outputs):
-        token_ids = [token_id for piece in output for token_id in piece.token_ids]
-        num_tokens += len(token_ids)
-        choice = whole_choice(job.shape, index, output)
-        if job.return_token_ids:
-            choice["prompt_token_ids"] = job.choices[index].request.prompt_token_ids
-            choice["token_ids"] = token_ids
-        choices.append(choice)
+    sequences = [joined(output) for output in outputs]
+    choices: list[dict[str, Any]] = []
+    for start in range(0, len(sequences), job.num_sequences):
+        group = sequences[start : start + job.num_sequences]
+        for piece in best(group, job.num_shown) if job.num_shown < len(group) else group:
+            choice = job.shape.choice(replace(piece, index=len(choices)))
+            if job.return_token_ids:
+                choice["prompt_token_ids"] = job.choices[start].request.prompt_token_ids
+                choice["token_ids"] = piece.token_ids
+            choices.append(choice)
     return {
         **job.head.fields(job.shape.whole),
         "choices": choices,
-        "usage": usage(job.num_prompt_tokens, num_tokens),
+        "usage": usage(
+            job.num_prompt_tokens,
+            sum(len(piece.token_ids) for piece in sequences),
+            sum(map(job.num_cached_tokens, sequences)),
+        ),
     }
 
 
@@ -207,12 +251,13 @@ class EventStream(Response):
             opening = job.shape.opening(choice)
             if opening is not None:
                 yield {**head, "choices": [opening]}
-        num_tokens = 0
+        num_tokens = num_cached = 0
         told = [not job.return_token_ids] * len(job.choices)  # whose prompt's ids were sent
         async with aclosing(self._all_pieces()) as pieces:
             async for piece in pieces:
                 num_tokens += len(piece.token_ids)
-                if not (piece.text or piece.finish_reason or job.return_token_ids):
+                num_cached += job.num_cached_tokens(piece)
+                if not (piece.text or piece.finish_reason or piece.scored or job.return_token_ids):
                     continue  # half a character, or what may become a stop string
                 delta = job.shape.delta(piece)
                 if job.return_token_ids:
@@ -223,7 +268,8 @@ class EventStream(Response):
                     delta["prompt_token_ids"] = request.prompt_token_ids
                 yield {**head, "choices": [delta]}
         if job.include_usage:
-            yield {**head, "choices": [], "usage": usage(job.num_prompt_tokens, num_tokens)}
+            counts = usage(job.num_prompt_tokens, num_tokens, num_cached)
+            yield {**head, "choices": [], "usage": counts}
 
     async def _all_pieces(self) -> AsyncGenerator[Piece, None]:
         yield self._first

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from engine.batch import Batch
 from engine.sequence import Sequence
 from protocol.sampling import SamplingParams
@@ -39,11 +41,11 @@ def generate(prompt: list[int], sampling: SamplingParams) -> list[int]:
 
 
 class Memory:
-    """One worker's KV: ``rows[block][slot]``."""
+    """One worker's KV: ``rows [num_blocks, block_size]``."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self.rows = [[UNWRITTEN] * block_size for _ in range(num_blocks)]
+        self.rows = np.full((num_blocks, block_size), UNWRITTEN, np.int64)
 
     def run(self, batch: Batch) -> list[int]:
         """Compute the batch's rows: one new token for each sampling row, in order."""
@@ -53,7 +55,7 @@ class Memory:
             for position in range(row.start, row.end):
                 before = self._read(sequence, position - 1) if position else 0
                 block, slot = self._slot(sequence, position)
-                self.rows[block][slot] = hash((before, sequence.token_ids[position]))
+                self.rows[block, slot] = hash((before, sequence.token_ids[position]))
             if row.samples:
                 sampled.append(next_token(self._read(sequence, i) for i in range(row.end)))
         return sampled
@@ -62,5 +64,5 @@ class Memory:
         return sequence.block_table[position // self.block_size], position % self.block_size
 
     def _read(self, sequence: Sequence, position: int) -> int:
-        block, slot = self._slot(sequence, position)
-        return self.rows[block][slot]
+        kv: int = self.rows.item(self._slot(sequence, position))
+        return kv

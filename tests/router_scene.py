@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
 
@@ -17,16 +18,19 @@ from protocol.messages import (
     Heartbeat,
     Message,
     Register,
+    RequestFailed,
     Role,
     Tokens,
     TokenUpdate,
     WorkerLoad,
 )
 from protocol.sampling import SamplingParams
-from router.dispatch import Dispatcher, _Running
+from router.dispatch import Dispatcher
 from router.generation import GenerationRequest, TokenChunk
+from router.running import Running
 
 SOON = 20.0  # seconds, generous
+LOAD = WorkerLoad(max_num_seqs=64, free_blocks=1000, total_blocks=1000)
 REQUEST = GenerationRequest("r", [1, 2, 3], SamplingParams(max_tokens=9))
 
 
@@ -50,7 +54,9 @@ class Wire:
         return [m for to, m in self.sent if to == peer.encode() and isinstance(m, kind)]
 
 
-def registration(worker_id: str, epoch: int = 1, session: int = 0) -> Register:
+def registration(
+    worker_id: str, epoch: int = 1, session: int = 0, load: WorkerLoad = LOAD
+) -> Register:
     role: Role = "prefill" if worker_id.startswith("p") else "decode"
     geometry = KVGeometry(num_kv_heads=1, num_layers=1, block_size=4, head_dim=4, dtype="float32")
     return Register(
@@ -68,7 +74,7 @@ def registration(worker_id: str, epoch: int = 1, session: int = 0) -> Register:
         data=b"",
         transport="t",
         metrics="",
-        load=WorkerLoad(),
+        load=load,
     )
 
 
@@ -95,20 +101,27 @@ def tokens(attempt: int, index: int, *token_ids: int, last: bool = False) -> Tok
 class Scene:
     """A dispatcher with workers of one letter and a digit each, and one request."""
 
-    def __init__(self, *workers: str, max_retries: int = 3) -> None:
+    def __init__(self, *workers: str, load: WorkerLoad = LOAD, **options: Any) -> None:
         self.wire = Wire()
         self.metrics = CollectorRegistry()
-        self.dispatcher = Dispatcher(
-            cast("Server", self.wire), self.metrics, max_retries=max_retries
-        )
+        self.num_said: Counter[str] = Counter()  # messages about requests, by worker
+        self.load = load
+        self.dispatcher = Dispatcher(cast("Server", self.wire), self.metrics, **options)
         for worker in workers:
-            self.say(worker, registration(worker))
+            self.say(worker, registration(worker, load=load))
 
     def say(self, worker: str, message: Message) -> None:
+        if isinstance(message, Register):
+            self.num_said[worker] = 0
+        self.num_said[worker] += isinstance(message, FirstToken | Tokens | RequestFailed)
         self.dispatcher._receive_one(worker.encode(), message)
 
-    def dispatch(self) -> _Running:
-        return self.dispatcher._dispatch(REQUEST)
+    def beat(self, worker: str, load: WorkerLoad | None = None) -> None:
+        num_sent = self.num_said[worker]
+        self.say(worker, Heartbeat(epoch=1, load=load or self.load, num_sent=num_sent))
+
+    def dispatch(self, request: GenerationRequest = REQUEST) -> Running:
+        return self.dispatcher._dispatch(request)
 
     def ids(self) -> set[str]:
         return {row["id"] for row in self.dispatcher.workers()}
@@ -117,7 +130,7 @@ class Scene:
         return self.metrics.get_sample_value(f"kvferry_{name}_total", labels) or 0.0
 
 
-def output(running: _Running) -> list[int]:
+def output(running: Running) -> list[int]:
     """The tokens delivered so far."""
     token_ids: list[int] = []
     while not running.output.empty():
@@ -142,13 +155,13 @@ async def until(scene: Scene, condition: Callable[[], bool], *alive: str) -> Non
     async with asyncio.timeout(SOON):
         while True:
             for worker in alive:
-                scene.say(worker, Heartbeat(epoch=1, load=WorkerLoad()))
+                scene.beat(worker)
             if condition():
                 return
             await asyncio.sleep(0.01)
 
 
-async def error_of(running: _Running) -> KvferryError:
+async def error_of(running: Running) -> KvferryError:
     while True:
         item = await asyncio.wait_for(running.output.get(), SOON)
         if isinstance(item, KvferryError):

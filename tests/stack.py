@@ -57,12 +57,13 @@ class Stack:
         worker: Sequence[str] = (),
         control: str | None = None,
         transport: str = "ucx",
+        host: str = "127.0.0.1",
     ) -> None:
         self.model = str(model)
         self.directory = Path(tempfile.mkdtemp(prefix="kvferry-test-"))
         self.control = control or f"ipc://{self.directory}/router.sock"
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         # One for all threads: making a client takes longer than a short answer.
         limits = httpx.Limits(max_connections=64)
         self.client = httpx.Client(base_url=self.url, timeout=240, limits=limits)
@@ -104,11 +105,15 @@ class Stack:
         command = ["worker", "--role", role, "--router", self.control, "--worker-id", name]
         self._start(name, [*command, "--model", self.model, *self._worker_arguments, *arguments])
 
+    def launcher(self, name: str) -> Sequence[str]:
+        """The command that a process is started by; a subclass may give each a host of its own."""
+        return ()
+
     def _start(self, name: str, arguments: Sequence[str]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         with (self.directory / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "cli.main", *arguments],
+                [*self.launcher(name), sys.executable, "-m", "cli.main", *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -149,6 +154,11 @@ class Stack:
 
     def assert_idle(self) -> None:
         """Nothing leaks: used blocks, grants, leases and open transfers return to zero."""
+        left = self.not_given_back(IDLE)
+        assert not left, left
+
+    def not_given_back(self, timeout: float) -> dict[str, float]:
+        """What of the workers' gauges is not zero yet after at most ``timeout`` seconds."""
         gauges = (
             "kvferry_kv_blocks_used",
             "kvferry_kv_grants_open",
@@ -167,7 +177,8 @@ class Stack:
                 left.update({f"{role} {g}": metrics[g] for g in gauges if metrics[g]})
             return not left
 
-        assert eventually(idle, IDLE), left
+        eventually(idle, timeout)
+        return left
 
     def close(self) -> dict[str, int]:
         """End every process; their exit statuses by name."""

@@ -199,6 +199,21 @@ def test_salts_separate() -> None:
     assert len(names) == 3
 
 
+def test_requests_share_blocks_only_under_the_same_cache_salt() -> None:
+    pool = BlockPool(12, 2)
+    names = set()
+    for cache_salt in ("", "a", "b"):
+        for cached in (0, 2):
+            sequence = make([1, 2, 3])
+            sequence.cache_salt = cache_salt
+            assert pool.reserve(sequence, max_cached_tokens=2)
+            assert sequence.num_computed == cached
+            sequence.num_computed = 3
+            pool.publish(sequence, cached)
+            names.update(sequence.block_hashes)
+    assert len(names) == 3
+
+
 def test_a_sequence_larger_than_the_pool_changes_nothing() -> None:
     pool = BlockPool(2, 2)
     fill(pool, [1, 1])

@@ -9,10 +9,11 @@ import pytest
 from decode.admission_events import Admit
 from decode.scheduler import DecodeScheduler
 from decode.worker import DecodeWorker
+from engine.batch import Batch, StepOutput
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
-from protocol.messages import Message, RequestFailed
-from protocol.sampling import SamplingParams
+from protocol.messages import Message, RequestFailed, Tokens
+from protocol.sampling import SamplingParams, TokenLogprobs
 from tests.handoff_simulation import FINGERPRINT
 
 
@@ -27,6 +28,7 @@ async def running() -> tuple[DecodeWorker, BlockPool, list[tuple[str, Message]]]
         DecodeScheduler(pool, max_num_seqs=4, max_num_batched_tokens=8),
         FINGERPRINT,
         epoch=1,
+        vocab_size=1000,
         peers=cast("Any", None),
         send=lambda router_id, message: sent.append((router_id, message)),
     )
@@ -37,6 +39,7 @@ async def running() -> tuple[DecodeWorker, BlockPool, list[tuple[str, Message]]]
     return worker, pool, sent
 
 
+LOGPROBS = TokenLogprobs(logprob=-1.5, rank=2, top=[])
 Running = tuple[DecodeWorker, BlockPool, list[tuple[str, Message]]]
 
 
@@ -52,6 +55,38 @@ async def test_a_sequence_ends_at_its_deadline_and_its_router_hears_of_it(runnin
     assert not worker.idle
     worker._expire(9.0)
     assert worker.idle
+
+
+async def test_a_sequence_that_the_engine_finds_wrong_fails_alone(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, pool, sent = running
+
+    class Engine:
+        """Finds one sequence wrong, and stops the test when the other has sampled."""
+
+        num_steps = 0
+
+        async def run(self, batch: Batch) -> StepOutput:
+            self.num_steps += 1
+            if self.num_steps == 3:  # the other's prompt takes two steps
+                raise EOFError
+            logprobs = {row.sequence.request_id: LOGPROBS for row in batch.sampling_rows}
+            token_ids = [7] * len(batch.sampling_rows)
+            return StepOutput(token_ids, logprobs, failures={"of-a": "no such token"})
+
+    monkeypatch.setattr(worker, "_engine", Engine())
+    with pytest.raises(EOFError):
+        await worker._steps()
+    [(first, failed), (second, told)] = sent
+    assert (first, second) == ("a", "b")
+    assert isinstance(failed, RequestFailed)
+    assert (failed.request_id, failed.code) == ("of-a", "invalid_request")
+    assert failed.message == "no such token"
+    assert isinstance(told, Tokens)
+    [update] = told.updates
+    assert (update.request_id, update.token_ids, update.logprobs) == ("of-b", [7], [LOGPROBS])
+    assert pool.num_used == 2
 
 
 async def test_a_lost_routers_sequences_end_and_the_others_go_on(running: Running) -> None:

@@ -119,7 +119,7 @@ async def test_a_request_that_waited_in_vain_ends_with_an_error() -> None:
 async def test_the_shorter_of_both_timeouts_ends_a_request() -> None:
     scene = Scene("p0", "d0")
     request = GenerationRequest("r", [1], SamplingParams(max_tokens=9), timeout=0.05)
-    running = scene.dispatcher._dispatch(request)
+    running = scene.dispatch(request)
     async with serving(scene):
         assert type(await error_of(running)) is DeadlineError
     assert scene.wire.to("p0", Cancel)
@@ -140,7 +140,7 @@ async def test_closing_the_generator_cancels_on_both_workers() -> None:
     waiting = asyncio.ensure_future(anext(chunks))
     await asyncio.sleep(0)
     scene.say("p0", first(1, 0, 100))
-    assert await waiting == TokenChunk([100])
+    assert await waiting == TokenChunk([100], num_cached_tokens=0)
     await chunks.aclose()
     for worker in ("p0", "d0"):
         assert scene.wire.to(worker, Cancel) == [Cancel(request_id="r#1")]

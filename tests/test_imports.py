@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("cli", "decode", "engine", "kernels", "kvtransfer", "prefill", "protocol", "router")
+PACKAGES = (
+    "cli",
+    "decode",
+    "engine",
+    "kernels",
+    "kvtransfer",
+    "planner",
+    "prefill",
+    "protocol",
+    "router",
+)
 MAX_LINES = 450
 
 WITHOUT_TORCH = [
@@ -24,7 +34,7 @@ WITHOUT_TORCH = [
     "engine.step",
     *(
         f"{package}.{path.stem}"
-        for package in ("protocol", "router")
+        for package in ("planner", "protocol", "router")
         for path in sorted((ROOT / package).glob("*.py"))
         if path.stem != "__init__"
     ),

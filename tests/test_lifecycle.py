@@ -13,9 +13,11 @@ from protocol.errors import (
     InvalidRequestError,
     KvferryError,
     OverloadedError,
+    UnavailableError,
     WorkerLostError,
 )
 from protocol.messages import FirstToken, TokenUpdate
+from protocol.sampling import TokenLogprobs
 from router.generation import TokenChunk
 from router.lifecycle import TRANSITIONS, RequestLifecycle, RequestState
 from router.lifecycle_events import (
@@ -30,6 +32,7 @@ from router.lifecycle_events import (
     NoWorkers,
     Placed,
     Retry,
+    Shed,
     WorkerLeft,
     WorkerLost,
 )
@@ -142,7 +145,9 @@ def test_a_request_goes_on_from_its_next_token_until_its_one_end(
         assert request.state is RequestState.WAITING
         if data.draw(st.integers(0, 9)) == 0:
             last: Event = data.draw(
-                st.sampled_from([NoWorkers("x"), ClientGone(), DeadlinePassed()])
+                st.sampled_from(
+                    [NoWorkers("x"), Shed(OverloadedError("x")), ClientGone(), DeadlinePassed()]
+                )
             )
             actions = request.handle(last)
             assert (failure(actions) is None) == isinstance(last, ClientGone)
@@ -181,6 +186,7 @@ def test_a_request_goes_on_from_its_next_token_until_its_one_end(
 EVENTS: list[Event] = [
     Placed("p", "d"),
     NoWorkers("none"),
+    Shed(OverloadedError("later")),
     first(),
     update(1),
     FULL,
@@ -210,7 +216,7 @@ def in_state(state: RequestState) -> RequestLifecycle:
 def test_every_event_in_every_state_is_in_the_table_or_rejected(
     state: RequestState, event: Event
 ) -> None:
-    waiting = isinstance(event, Placed | NoWorkers)
+    waiting = isinstance(event, Placed | NoWorkers | Shed)
     of_an_attempt = isinstance(event, FirstToken | TokenUpdate | AttemptFailed)
     impossible = (waiting and state is not RequestState.WAITING) or (
         of_an_attempt and state is RequestState.WAITING
@@ -230,7 +236,43 @@ def test_decodes_tokens_wait_for_the_first() -> None:
     request = placed()
     assert request.handle(update(1)) == []
     assert request.handle(update(2, last=True)) == []
-    assert request.handle(first()) == [Deliver(TokenChunk([100, 101, 102], "length"))]
+    assert request.handle(first()) == [
+        Deliver(TokenChunk([100, 101, 102], "length", num_cached_tokens=0))
+    ]
+
+
+def with_logprobs(message: FirstToken | TokenUpdate) -> FirstToken | TokenUpdate:
+    """The message of a request that asks for logprobs: that of token n is -n."""
+    if isinstance(message, TokenUpdate):
+        entries = [logprob_of(token_id) for token_id in message.token_ids]
+        return message.model_copy(update={"logprobs": entries})
+    told = {"logprobs": logprob_of(message.token_id), "prompt_logprobs": [None, logprob_of(5)]}
+    return message.model_copy(update={**told, "num_cached_tokens": 32})
+
+
+def logprob_of(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(logprob=-token_id, rank=1, top=[])
+
+
+def test_logprobs_come_with_their_tokens_once_and_the_prompts_with_the_first() -> None:
+    request = placed(max_retries=1)
+    messages = [update(1, 2), first(), first(), update(1, 3), update(2)]
+    chunks = deliveries(request, messages)
+    request.handle(WorkerLost("d"))
+    request.handle(Placed("p", "d"))
+    chunks += deliveries(request, [update(5, attempt=2), first(4, attempt=2)])
+    assert [chunk.token_ids for chunk in chunks] == [[100, 101, 102], [103], [104, 105]]
+    for chunk in chunks:
+        assert chunk.logprobs == [logprob_of(token_id) for token_id in chunk.token_ids]
+    assert [chunk.prompt_logprobs for chunk in chunks] == [[None, logprob_of(5)], None, None]
+    assert [chunk.num_cached_tokens for chunk in chunks] == [32, None, None]
+
+
+def deliveries(
+    request: RequestLifecycle, messages: list[FirstToken | TokenUpdate]
+) -> list[TokenChunk]:
+    actions = [a for message in messages for a in request.handle(with_logprobs(message))]
+    return [action.chunk for action in actions if isinstance(action, Deliver)]
 
 
 def test_a_shorter_repetition_does_not_replace_what_waits() -> None:
@@ -301,6 +343,14 @@ def test_waiting_in_vain_tells_what_was_lost_and_what_is_missing() -> None:
     error = failure(request.handle(NoWorkers("no decode worker is serving")))
     assert type(error) is WorkerLostError
     assert str(error) == "decode worker d was lost, and then no decode worker is serving"
+
+
+def test_a_request_that_never_started_tells_why() -> None:
+    error = failure(RequestLifecycle("r").handle(NoWorkers("no decode worker is serving")))
+    assert type(error) is UnavailableError
+    assert str(error) == "no decode worker is serving"
+    full = OverloadedError("full")
+    assert RequestLifecycle("r").handle(Shed(full)) == [Fail(full)]
 
 
 def test_what_will_fail_anywhere_is_not_tried_again() -> None:

@@ -15,7 +15,8 @@ import zmq.asyncio
 from protocol import link
 from protocol.errors import ConfigError
 from protocol.link import Client, Server, read_cluster_key, write_cluster_key
-from protocol.messages import Cancel, Message, RegisterAgain, encode
+from protocol.messages import Cancel, Message, RegisterAgain
+from protocol.wire import encode
 
 PATIENCE = 30.0  # seconds for what must come
 SILENCE = 0.5  # seconds in which what must not come would have come

@@ -51,4 +51,4 @@ def test_a_lost_message_costs_time_only(channel: str, which: int, times: int) ->
     assert request.errors == []
     assert request.tokens == generate(PROMPT, SAMPLING)
     assert request.num_attempts == 1
-    assert simulation.admission.num_expired == 0
+    assert simulation.decode.admission.num_expired == 0

@@ -7,13 +7,12 @@ import pytest
 from protocol.errors import UnavailableError, WorkerNotFoundError
 from protocol.messages import (
     Drain,
-    Heartbeat,
     Leaving,
     PrefillRequest,
     RegisterAgain,
     Registered,
     RegistrationRefused,
-    WorkerLoad,
+    RouterHeartbeat,
 )
 from router import membership
 from tests.router_scene import Scene, first, output, registration, serving, tokens, until
@@ -69,7 +68,7 @@ async def test_silence_loses_a_worker_that_may_come_back(monkeypatch: pytest.Mon
     scene = Scene("p0", "d0")
     async with serving(scene):
         await until(scene, lambda: scene.ids() == {"d0"}, "d0")
-        scene.say("p0", Heartbeat(epoch=1, load=WorkerLoad()))
+        scene.beat("p0")
         assert scene.wire.to("p0", RegisterAgain)
         scene.say("p0", registration("p0", session=1))
         assert scene.ids() == {"d0", "p0"}
@@ -94,3 +93,34 @@ def test_a_leaving_worker_ends_what_it_has_and_takes_nothing_new() -> None:
     assert output(running) == [7, 8]
     with pytest.raises(UnavailableError, match="no decode worker"):
         scene.dispatch()
+
+
+@pytest.mark.parametrize("worker", ["p0", "d0"])
+def test_a_message_that_was_lost_on_its_way_ends_the_workers_session(worker: str) -> None:
+    scene = Scene("p0", "d0")
+    running = scene.dispatch()
+    scene.say("p0", first(1, 0, 7))
+    scene.say("d0", tokens(1, 1, 8))
+    scene.beat(worker)
+    assert not scene.wire.to(worker, RegisterAgain)
+    scene.num_said[worker] += 1  # and it never came
+    scene.beat(worker)
+    assert scene.wire.to(worker, RegisterAgain)
+    assert scene.ids() == {"p0", "d0"} - {worker}
+    scene.say(worker, registration(worker, session=1))
+    if worker == "d0":  # prefill is not needed any more
+        [_, again] = scene.wire.to("p0", PrefillRequest)
+        assert isinstance(again, PrefillRequest)
+        assert again.token_ids == [1, 2, 3, 7, 8]
+    scene.beat(worker)
+    assert scene.ids() == {"p0", "d0"}
+    assert output(running) == [7, 8]
+
+
+async def test_heartbeats_tell_a_worker_how_much_it_must_have_received() -> None:
+    scene = Scene("p0", "d0")
+    scene.dispatch()
+    async with serving(scene):
+        await until(scene, lambda: bool(scene.wire.to("p0", RouterHeartbeat)), "p0", "d0")
+    assert RouterHeartbeat(num_sent=1) in scene.wire.to("p0", RouterHeartbeat)
+    assert RouterHeartbeat(num_sent=0) in scene.wire.to("d0", RouterHeartbeat)

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from protocol import errors, messages
+from protocol import errors, messages, wire
 from protocol.errors import KvferryError, ProtocolError, error_from_code
 from protocol.geometry import Fingerprint, KVGeometry
 from protocol.hashing import HASH_BYTES, hash_block, token_bytes, tokens_from_bytes
-from protocol.messages import Message, PrefillRequest, decode, encode
-from protocol.sampling import SamplingParams
+from protocol.messages import Message, PrefillRequest
+from protocol.sampling import Grammar, SamplingParams, TokenLogprobs
+from protocol.wire import decode, encode
 
 uint32 = st.integers(0, 2**32 - 1)
 token_ids = st.lists(uint32, max_size=20)
@@ -33,12 +34,22 @@ geometries = st.builds(
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
 )
 fingerprints = st.builds(Fingerprint, weights_digest=names, rope=names, geometry=geometries)
+grammars = st.builds(Grammar, kind=st.sampled_from(["json_schema", "regex", "lark"]), text=names)
 sampling = st.builds(
     SamplingParams,
     max_tokens=st.integers(1, 10**6),
     temperature=st.floats(0, 2),
     seed=st.integers(0, 2**64 - 1),
-    stop_token_ids=st.lists(uint32, max_size=3).map(tuple),
+    stop_token_ids=st.lists(uint32, min_size=1, max_size=3).map(tuple),
+    logit_bias=st.lists(st.tuples(uint32, st.floats(-100, 100)), max_size=2).map(tuple),
+    logprobs=st.none() | st.integers(0, 20),
+    grammar=st.none() | grammars,
+)
+logprobs = st.builds(
+    TokenLogprobs,
+    logprob=st.floats(-100, 0),
+    rank=counts,
+    top=st.lists(st.tuples(uint32, st.floats(-100, 0)), max_size=2),
 )
 loads = st.builds(messages.WorkerLoad, num_running=counts, free_blocks=counts)
 peers = st.builds(
@@ -50,6 +61,7 @@ updates = st.builds(
     index=counts,
     token_ids=token_ids,
     finish_reason=reasons,
+    logprobs=st.none() | st.lists(logprobs, max_size=2),
 )
 
 
@@ -84,8 +96,8 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     messages.Registered: st.builds(messages.Registered, heartbeat_interval=seconds),
     messages.RegistrationRefused: st.builds(messages.RegistrationRefused),
     messages.RegisterAgain: st.builds(messages.RegisterAgain),
-    messages.RouterHeartbeat: st.builds(messages.RouterHeartbeat),
-    messages.Heartbeat: st.builds(messages.Heartbeat, epoch=counts, load=loads),
+    messages.RouterHeartbeat: st.builds(messages.RouterHeartbeat, num_sent=counts),
+    messages.Heartbeat: st.builds(messages.Heartbeat, epoch=counts, load=loads, num_sent=counts),
     messages.Leaving: st.builds(messages.Leaving),
     messages.Left: st.builds(messages.Left),
     messages.Drain: st.builds(messages.Drain),
@@ -105,7 +117,7 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     ),
     messages.Grant: st.builds(
         messages.Grant,
-        grant_id=uint32,
+        grant_id=st.integers(1, 2**32 - 1),
         epoch=counts,
         num_cached_tokens=counts,
         blocks=st.lists(counts, max_size=9),
@@ -121,12 +133,12 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         digests=st.lists(st.integers(0, 2**64 - 1), max_size=9),
     ),
     messages.Accepted: st.builds(messages.Accepted, grant_id=uint32),
-    messages.Revoke: st.builds(messages.Revoke, grant_id=uint32),
+    messages.Revoke: st.builds(messages.Revoke),
 }
 
 
 def test_every_kind_of_message_is_covered() -> None:
-    assert set(messages._KINDS.values()) == STRATEGIES.keys()
+    assert set(wire._KINDS.values()) == STRATEGIES.keys()
 
 
 @settings(max_examples=120, deadline=None)
@@ -137,7 +149,7 @@ def test_there_and_back(message: Message) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    kind=st.sampled_from([*messages._KINDS, b"", b"Message", b"\xff\xfe"]),
+    kind=st.sampled_from([*wire._KINDS, b"", b"Message", b"\xff\xfe"]),
     payload=st.one_of(
         st.binary(max_size=60),
         st.recursive(
@@ -152,7 +164,7 @@ def test_noise_is_a_protocol_error_and_nothing_else(kind: bytes, payload: bytes)
         message = decode([kind, payload])
     except ProtocolError:
         return
-    assert isinstance(message, messages._KINDS[kind])
+    assert isinstance(message, wire._KINDS[kind])
 
 
 @settings(max_examples=120, deadline=None)
@@ -195,7 +207,7 @@ def test_malformed_frames(frames: list[bytes]) -> None:
 
 
 def test_a_frame_over_the_limit_is_not_even_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "MAX_FRAME_BYTES", len(CANCEL[1]))
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", len(CANCEL[1]))
     assert decode(CANCEL) == messages.Cancel(request_id="r")
     with pytest.raises(ProtocolError, match="limit"):
         decode(encode(messages.Cancel(request_id="rr")))

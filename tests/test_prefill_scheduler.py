@@ -240,6 +240,18 @@ def test_at_least_one_token_is_computed_even_if_all_are_cached() -> None:
     assert again.token_ids[-1] == expected([1] * 8)
 
 
+def test_a_prompt_whose_logprobs_are_wanted_is_computed_whole() -> None:
+    worker = Worker(num_blocks=8)
+    prompt = [1] * 9
+    for wanted, cached in ((None, 0), (1, 0), (None, 8)):
+        sequence = worker.add(f"{wanted}-{cached}", prompt)
+        sequence.sampling = SAMPLING.model_copy(update={"prompt_logprobs": wanted})
+        while sequence.request_id not in worker.finished:
+            worker.step()
+        assert sequence.num_cached == cached
+        worker.release_finished()
+
+
 def test_a_budget_that_asks_for_no_grant_is_a_mistake() -> None:
     with pytest.raises(AssertionError):
         Worker(ask_ahead=0)

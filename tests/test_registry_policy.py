@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import pytest
 
 from protocol.errors import UnavailableError
 from protocol.geometry import Fingerprint, KVGeometry
 from protocol.messages import Heartbeat, Register, Role, WorkerLoad
-from router.policy import choose_pair, decode_load, prefill_load
-from router.registry import Registry, Worker, WorkerState
+from router.capacity import Demand
+from router.policy import check_serving, choose_pair
+from router.registry import Assignment, Registry, Worker, WorkerState
 
 TIMEOUT = 3.0
+SMALL = Demand(num_tokens=4, expected_tokens=8)
+LOAD = WorkerLoad(max_num_seqs=8, total_blocks=99, free_blocks=99)
 GEOMETRY = KVGeometry(num_kv_heads=1, num_layers=1, block_size=4, head_dim=4, dtype="float32")
 
 
@@ -32,8 +37,18 @@ def registration(
         data=b"",
         transport="t",
         metrics="",
-        load=WorkerLoad(),
+        load=LOAD,
     )
+
+
+def given(num_tokens: int) -> Assignment:
+    return Assignment(num_tokens, num_tokens, begun=True)
+
+
+def chosen(registry: Registry, avoid: Set[str] = frozenset()) -> tuple[str, str]:
+    pair = choose_pair(registry, SMALL, avoid)
+    assert pair is not None
+    return pair.prefill.worker_id, pair.decode.worker_id
 
 
 def join(registry: Registry, info: Register, now: float = 0.0) -> Worker:
@@ -46,10 +61,10 @@ def join(registry: Registry, info: Register, now: float = 0.0) -> Worker:
 def test_a_repeated_registration_keeps_what_the_worker_holds() -> None:
     registry = Registry(TIMEOUT)
     worker = join(registry, registration("p"))
-    worker.assigned["r"] = 5
+    worker.assigned["r"] = given(5)
     assert registry.register(b"p", registration("p"), 1.0) == []
     assert registry.get(b"p") is worker
-    assert worker.assigned == {"r": 5}
+    assert worker.assigned_tokens == 5
     assert worker.last_seen == 1.0
 
 
@@ -57,7 +72,7 @@ def test_a_repeated_registration_keeps_what_the_worker_holds() -> None:
 def test_a_new_epoch_or_session_replaces_the_worker_and_its_state(news: dict[str, int]) -> None:
     registry = Registry(TIMEOUT)
     old = join(registry, registration("p"))
-    old.assigned["r"] = 5
+    old.assigned["r"] = given(5)
     assert registry.register(b"p", registration("p", **news), 1.0) == [old]
     new = registry.get(b"p")
     assert new is not None
@@ -84,7 +99,7 @@ def test_heartbeats_keep_alive_and_silence_loses() -> None:
     registry = Registry(TIMEOUT)
     worker = join(registry, registration("p"))
     load = WorkerLoad(num_running=3)
-    assert registry.heartbeat(b"p", Heartbeat(epoch=1, load=load), now=2.0)
+    assert registry.heartbeat(b"p", Heartbeat(epoch=1, load=load, num_sent=0), now=2.0)
     assert worker.load == load
     assert registry.expire(now=2.0 + TIMEOUT) == []
     assert registry.expire(now=2.1 + TIMEOUT) == [worker]
@@ -105,8 +120,8 @@ def test_a_pause_of_the_router_itself_is_nobodys_silence() -> None:
 def test_heartbeats_of_strangers_and_of_former_epochs_do_not_count() -> None:
     registry = Registry(TIMEOUT)
     worker = join(registry, registration("p", epoch=2))
-    assert not registry.heartbeat(b"x", Heartbeat(epoch=1, load=WorkerLoad()), now=2.0)
-    assert not registry.heartbeat(b"p", Heartbeat(epoch=1, load=WorkerLoad()), now=2.0)
+    assert not registry.heartbeat(b"x", Heartbeat(epoch=1, load=LOAD, num_sent=0), now=2.0)
+    assert not registry.heartbeat(b"p", Heartbeat(epoch=1, load=LOAD, num_sent=0), now=2.0)
     assert worker.last_seen == 0.0
 
 
@@ -124,26 +139,13 @@ def test_a_leaving_worker_takes_no_new_requests_even_if_it_registers_again() -> 
 def test_the_least_loaded_pair_is_chosen() -> None:
     registry = Registry(TIMEOUT)
     for name in ("p0", "p1", "p2"):
-        join(registry, registration(name)).assigned[name] = 10
+        join(registry, registration(name)).assigned[name] = given(10)
     for name in ("d0", "d1"):
-        join(registry, registration(name, "decode")).assigned["x"] = 1
+        join(registry, registration(name, "decode")).assigned["x"] = given(1)
     workers = {worker.worker_id: worker for worker in registry.all()}
-    workers["p1"].assigned = {"a": 2, "b": 3}  # two prompts, but the fewest tokens
+    workers["p1"].assigned = {"a": given(2), "b": given(3)}  # two prompts, but the fewest tokens
     workers["d1"].assigned = {}
-    pair = choose_pair(registry)
-    assert (pair.prefill.worker_id, pair.decode.worker_id) == ("p1", "d1")
-
-
-def test_load_is_the_larger_of_dispatched_and_reported() -> None:
-    worker = join(Registry(TIMEOUT), registration("p"))
-    worker.assigned = {"a": 7, "b": 5}
-    assert prefill_load(worker) == 12
-    worker.load = WorkerLoad(waiting_tokens=20)
-    assert prefill_load(worker) == 20
-    worker.load = WorkerLoad(num_running=1, num_waiting=1, open_grants=1, total_blocks=9)
-    assert decode_load(worker) == (3, 9)
-    worker.load = WorkerLoad(total_blocks=9, free_blocks=4)
-    assert decode_load(worker) == (2, 5)
+    assert chosen(registry) == ("p1", "d1")
 
 
 def test_equally_busy_decode_workers_are_told_apart_by_their_blocks() -> None:
@@ -151,8 +153,8 @@ def test_equally_busy_decode_workers_are_told_apart_by_their_blocks() -> None:
     join(registry, registration("p"))
     for name, free in (("d0", 1), ("d1", 5)):
         worker = join(registry, registration(name, "decode"))
-        worker.load = WorkerLoad(total_blocks=9, free_blocks=free)
-    assert choose_pair(registry).decode.worker_id == "d1"
+        worker.report(WorkerLoad(max_num_seqs=8, total_blocks=9, free_blocks=free))
+    assert chosen(registry) == ("p", "d1")
 
 
 def test_avoided_workers_are_taken_only_where_there_are_no_others() -> None:
@@ -160,30 +162,38 @@ def test_avoided_workers_are_taken_only_where_there_are_no_others() -> None:
     for name in ("p0", "p1"):
         join(registry, registration(name))
     join(registry, registration("d", "decode"))
-    for avoid, chosen in (({"p0"}, "p1"), ({"p1", "d"}, "p0"), ({"p0", "p1", "d"}, "p0")):
-        pair = choose_pair(registry, avoid)
-        assert (pair.prefill.worker_id, pair.decode.worker_id) == (chosen, "d")
+    for avoid, prefill in (({"p0"}, "p1"), ({"p1", "d"}, "p0"), ({"p0", "p1", "d"}, "p0")):
+        assert chosen(registry, avoid) == (prefill, "d")
 
 
 def test_a_pair_must_fit_together() -> None:
     registry = Registry(TIMEOUT)
     join(registry, registration("p-old", weights="aa"))
-    join(registry, registration("p-new", weights="bb")).assigned["r"] = 100
+    join(registry, registration("p-new", weights="bb")).assigned["r"] = given(100)
     join(registry, registration("d-new", "decode", weights="bb"))
-    pair = choose_pair(registry)
-    assert (pair.prefill.worker_id, pair.decode.worker_id) == ("p-new", "d-new")
+    assert chosen(registry) == ("p-new", "d-new")
 
 
 def test_what_is_missing_is_named() -> None:
     registry = Registry(TIMEOUT)
     with pytest.raises(UnavailableError, match="no prefill worker"):
-        choose_pair(registry)
+        check_serving(registry)
     join(registry, registration("p", weights="aa"))
     with pytest.raises(UnavailableError, match="no decode worker"):
-        choose_pair(registry)
+        check_serving(registry)
     join(registry, registration("d", "decode", weights="bb"))
     with pytest.raises(UnavailableError, match="weights_digest: 'aa' here, 'bb' there"):
-        choose_pair(registry)
+        check_serving(registry)
+    assert choose_pair(registry, SMALL) is None
     registry.leave(b"p")
     with pytest.raises(UnavailableError, match="no prefill worker"):
-        choose_pair(registry)
+        check_serving(registry)
+
+
+def test_a_full_pool_is_serving_but_has_no_room() -> None:
+    registry = Registry(TIMEOUT)
+    join(registry, registration("p"))
+    decode = join(registry, registration("d", "decode"))
+    decode.report(WorkerLoad(max_num_seqs=1, num_promised=1, total_blocks=9))
+    check_serving(registry)
+    assert choose_pair(registry, SMALL) is None

@@ -51,7 +51,8 @@ class Wire:
 
 
 WIRES = (
-    Wire("kvferry, TCP", "transfer_kvferry.py", None, {"UCX_TLS": "tcp"}),
+    Wire("kvferry, TCP", "transfer_kvferry.py", None, {"UCX_TLS": "tcp", "TRANSPORT": "ucx"}),
+    Wire("kvferry, mapped memory", "transfer_kvferry.py", None, {"TRANSPORT": "auto"}),
     Wire("nixl, TCP", "transfer_nixl.py", "nixl", {"UCX_TLS": "tcp", **SEGMENTS}),
     # UCX makes its connections over TCP and moves the data through shared memory
     Wire("nixl, shared memory", "transfer_nixl.py", "nixl", {"UCX_TLS": "shm,tcp,self"}),

@@ -25,11 +25,14 @@ B = 16  # tokens in a block
 NEW = 64  # tokens generated
 LENGTHS = (1, B - 1, B, B + 1, 2 * B, 4 * B + 3, 1500)
 AT_ONCE = (*LENGTHS, *LENGTHS[:-1], 9 * B, 12 * B + 1, 20 * B)
-# Blocks. SMALL just holds the longest prompt with its output. The growing requests start with 25
-# blocks each and end with 45, so that in SMALL they drive each other out, however fast it goes.
+# Blocks. SMALL just holds the longest prompt with its output. The growing requests start with 13
+# blocks each and end with 33, more than the router expects of them: in SMALL they drive each other
+# out, however fast it goes.
 BIG, SMALL = 2000, 98
 MAX_LEN = SMALL * B
-GROWING, GROWN = (400, 400, 400), 320
+GROWING, GROWN = (200, 200, 200, 200), 320
+
+PATIENT = ["--max-queue-time", "240"]  # the long prompt waits for the whole of SMALL
 
 # Every family meets every chunk budget and both pools; the first family every combination.
 PLANS = [
@@ -148,6 +151,7 @@ def test_same_tokens_as_transformers(
         worker=["--dtype", "float32", "--block-size", str(B), "--max-model-len", str(MAX_LEN)],
         prefill=[["--max-num-batched-tokens", str(budget), "--num-kv-blocks", str(BIG)]],
         decode=[["--num-kv-blocks", str(blocks), "--max-num-batched-tokens", str(budget)]],
+        router=PATIENT,
     ) as stack:
         for case in cases.alone:
             assert complete(stack, case.prompt) == case.expected
@@ -192,6 +196,7 @@ def test_seeded_sampling_does_not_depend_on_batch_chunks_or_preemption(checkpoin
             worker=["--dtype", "float32", "--block-size", str(B), "--max-model-len", str(MAX_LEN)],
             prefill=[["--max-num-batched-tokens", str(budget)]],
             decode=[["--num-kv-blocks", str(blocks)]],
+            router=PATIENT,
         ) as stack:
             if blocks == BIG:
                 alone = [complete(stack, case.prompt, **options) for case in cases.at_once]

@@ -40,7 +40,7 @@ def step(engine: Engine, sequences: Many[Sequence], budget: int) -> None:
             budget -= count if remaining > 1 else 0
             rows.append(BatchRow(sequence, sequence.num_computed, count))
     batch = Batch(tuple(rows))
-    tokens = engine.run(batch)
+    tokens = engine.run(batch).token_ids
     assert len(tokens) == len(batch.sampling_rows)
     sampling_rows = batch.sampling_rows
     for row in rows:

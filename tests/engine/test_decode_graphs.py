@@ -156,7 +156,7 @@ def test_a_runner_with_graphs_generates_the_same_tokens(model: Model) -> None:
         runner = ModelRunner(model, arena, graph_rows)
         for step in range(30):
             batch = decode_batch(running[: 1 + step % 5])  # five rows do not fit
-            for row, token_id in zip(batch.rows, runner.run(batch), strict=True):
+            for row, token_id in zip(batch.rows, runner.run(batch).token_ids, strict=True):
                 row.sequence.token_ids.append(token_id)
         outputs.append([sequence.token_ids for sequence in running])
     assert outputs[0] == outputs[1]

@@ -42,7 +42,7 @@ def test_the_rows_are_where_the_model_writes(checkpoint: Callable[[str], Path]) 
     engine = load(checkpoint("llama"))
     sequence = Sequence("request", [1, 2, 3], 3, SamplingParams(max_tokens=1))
     sequence.block_table = [77]
-    assert len(engine.run(Batch((BatchRow(sequence, 0, 3),)))) == 1
+    assert len(engine.run(Batch((BatchRow(sequence, 0, 3),))).token_ids) == 1
     assert engine.rows.any(dim=1).nonzero().tolist() == [[77]]
     block = engine.rows[77].view(engine.geometry.row_shape)
     assert block[:, :, :, :3].all(dim=-1).all()
@@ -53,7 +53,7 @@ def test_a_chunk_inside_a_prompt_gives_no_token(checkpoint: Callable[[str], Path
     engine = load(checkpoint("llama"))
     sequence = Sequence("request", [1, 2, 3], 3, SamplingParams(max_tokens=1))
     sequence.block_table = [0]
-    assert engine.run(Batch((BatchRow(sequence, 0, 2),))) == []
+    assert engine.run(Batch((BatchRow(sequence, 0, 2),))).token_ids == []
 
 
 def test_copies_share_a_fingerprint_and_other_models_do_not(

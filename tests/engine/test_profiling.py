@@ -30,7 +30,7 @@ def test_a_trace_of_the_steps_asked_for(checkpoint: Callable[[str], Path], tmp_p
     for step in range(SKIPPED_STEPS + 5):
         assert trace.exists() == (step >= SKIPPED_STEPS + 3)
         batch = Batch((BatchRow(sequence, sequence.num_computed, 1),))
-        sequence.token_ids += engine.run(batch)
+        sequence.token_ids += engine.run(batch).token_ids
         sequence.num_computed += 1
         assert engine.phase_seconds.keys() == {"prepare", "forward", "sample"}
         assert all(seconds > 0 for seconds in engine.phase_seconds.values())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from engine.grammar import Masks
 from engine.sampler import sample
 from engine.sequence import Sequence
 from protocol.sampling import SamplingParams
@@ -127,3 +129,32 @@ def test_all_64_bits_of_the_seed_count() -> None:
 
 def test_no_sequences_no_tokens() -> None:
     assert sample(torch.empty(0, 8), []) == []
+
+
+def test_bias_is_added_to_its_tokens_alone_before_the_penalties() -> None:
+    logits = rows(LOGITS, 2)
+    biased = sequence(
+        output=[2],
+        logit_bias=((0, 1.5), (2, -100.0), (0, 0.25), (99, 5.0)),
+        repetition_penalty=2.0,
+        temperature=0.0,
+    )
+    assert sample(logits, [sequence(temperature=0.0), biased]) == [2, 7]
+    expected = rows(LOGITS, 2)
+    expected[1, 0] = (LOGITS[0] + 1.75) / 2
+    expected[1, 2] = (LOGITS[2] - 100) * 2
+    torch.testing.assert_close(logits, expected)
+
+
+def test_a_mask_leaves_its_row_the_tokens_whose_bits_are_set() -> None:
+    for size in (31, 32, 33, 70):
+        generator = torch.Generator().manual_seed(size)
+        logits = torch.randn(4, size, generator=generator)
+        allowed = torch.rand(2, size, generator=generator) < 0.5
+        packed = np.packbits(allowed.numpy(), axis=1, bitorder="little")
+        bits = np.zeros((2, -(-size // 32) * 4), np.uint8)
+        bits[:, : packed.shape[1]] = packed
+        expected = logits.clone()
+        expected[[3, 1]] = expected[[3, 1]].where(allowed, -math.inf)
+        sample(logits, [sequence(temperature=0.0)] * 4, Masks([3, 1], bits.view(np.int32)))
+        assert torch.equal(logits, expected)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry
 
-from engine.batch import Batch, BatchRow
+from engine.batch import Batch, BatchRow, StepOutput
 from engine.sequence import Sequence
 from engine.thread import EngineThread
-from protocol.sampling import SamplingParams
+from protocol.sampling import Grammar, SamplingParams
 
 
 class NoModel:
@@ -19,8 +19,11 @@ class NoModel:
     def phase_seconds(self) -> Mapping[str, float]:
         return {"prepare": 0.25, "forward": 2.0}
 
-    def run(self, batch: Batch) -> list[int]:
-        return [1] * len(batch.sampling_rows)
+    def run(self, batch: Batch) -> StepOutput:
+        return StepOutput([1] * len(batch.sampling_rows))
+
+    def expect(self, grammar: Grammar) -> None:
+        raise AssertionError("no request has one")
 
 
 def new_batch() -> Batch:

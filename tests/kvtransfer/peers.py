@@ -79,7 +79,9 @@ Spawn = Callable[..., Peer]
 
 
 @contextmanager
-def spawner(kind: str, network: InProcessNetwork | None = None) -> Iterator[Spawn]:
+def spawner(
+    kind: str, network: InProcessNetwork | None = None, cluster_key: bytes | None = None
+) -> Iterator[Spawn]:
     """Makes peers of one network, ``at`` an address if given, and stops them at the end."""
     network = network or InProcessNetwork()
     peers: list[Peer] = []
@@ -96,7 +98,8 @@ def spawner(kind: str, network: InProcessNetwork | None = None) -> Iterator[Spaw
         )
         factory: TransportFactory = network.factory(at)
         if kind == "ucx":
-            factory = UCXTransport.factory("127.0.0.1", int(at.rpartition(b":")[2]) if at else 0)
+            port = int(at.rpartition(b":")[2]) if at else 0
+            factory = UCXTransport.factory("127.0.0.1", port, cluster_key)
         elif kind == "memory":
             rows = shared_zeros((num_blocks, row_bytes), torch.uint8).copy_(rows)
             factory = MemoryTransport.factory(rows, at.removeprefix(SCHEME) if at else None)

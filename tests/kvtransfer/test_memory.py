@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
+import resource
 import socket
 import struct
 import time
@@ -17,8 +19,9 @@ import torch
 from kernels.shared_memory import map_shared, shared_file, shared_zeros
 from kvtransfer import memory as memory_module
 from kvtransfer.events import BlocksSent, MessageRefused, SendFailed
-from kvtransfer.memory import MAX_UNACKED, SCHEME, MemoryTransport
+from kvtransfer.memory import SCHEME, MemoryTransport
 from kvtransfer.memory_frames import pack_offer, packet_socket, send_hello
+from kvtransfer.memory_peers import MAX_UNACKED
 from kvtransfer.transport import Message, Operation, Rows, TransportError
 from tests.kvtransfer.peers import spawner, transfer
 
@@ -325,3 +328,33 @@ def test_private_memory_receives_and_sends_over_ucx() -> None:
         [[there], [back]] = [p.thread.snapshot().connections.values() for p in (shared, private)]
         assert there == "memory/memfd"
         assert "memory" not in back
+
+
+# No descriptors left ---------------------------------------------------------------------------
+
+
+def test_without_descriptors_it_sleeps_and_later_accepts(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, receiver = ends
+    stranger = packet_socket()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (stranger.fileno() + 1, hard))
+    try:
+        taken = []
+        with contextlib.suppress(OSError):  # the rest of the numbers below
+            while True:
+                taken.append(os.dup(stranger.fileno()))
+        stranger.connect(b"\0" + receiver.transport.address.removeprefix(SCHEME))
+        monkeypatch.setattr(memory_module, "PAUSE", 0.2)
+        receiver.transport.progress()
+        rounds = sum(receiver.transport.progress() for _ in range(50))
+        assert rounds == 0, "it spins"
+    finally:
+        for file in taken:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    stranger.close()
+    sent, message = offer(sender, receiver, 1)
+    assert receiver.receive(message, 1).error is None
+    sender.until(lambda: sent.done)

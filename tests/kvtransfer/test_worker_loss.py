@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from kvtransfer.config import TransferConfig
-from kvtransfer.events import BlocksReceived, GrantClosed, ReceiveFailed
-from tests.kvtransfer.peers import Peer, spawner
+from kvtransfer.events import (
+    BlocksReceived,
+    BlocksSent,
+    GrantClosed,
+    ReceiveFailed,
+    SendFailed,
+)
+from tests.kvtransfer.peers import DEADLINE, Peer, spawner
 
 ROW, BLOCKS = 128 << 10, 2048  # 256 MiB: long enough to be interrupted
 
 Start = Callable[[int, int], subprocess.Popen[str]]
 
 
+CASES = {  # transport, and how long a stall lasts
+    "ucx": ("ucx", TransferConfig(stall=0.5)),
+    "auto": ("auto", TransferConfig(stall=0.5)),
+    "given up": ("ucx", TransferConfig(stall=4 * DEADLINE, closing_stall=0.5)),
+}
+
+
 @pytest.fixture(params=["ucx", "auto"])
 def receiver(request: pytest.FixtureRequest) -> Iterator[Peer]:
-    with spawner(request.param) as spawn:
-        yield spawn(BLOCKS, ROW, TransferConfig(stall=0.5))
+    kind, config = CASES[request.param]
+    with spawner(kind) as spawn:
+        yield spawn(BLOCKS, ROW, config)
 
 
 @pytest.fixture
@@ -66,6 +82,18 @@ def test_sender_is_lost_in_the_middle(receiver: Peer, start: Start, how: signal.
     assert not receiver.rows[64:].any(), "something still writes for the lost sender"
 
 
+@pytest.mark.parametrize("receiver", ["given up"], indirect=True)
+def test_a_frozen_sender_that_is_given_up_does_not_keep_the_blocks(
+    receiver: Peer, start: Start
+) -> None:
+    receiver.thread.open_grant(1, range(BLOCKS))
+    frozen = start(1, BLOCKS)
+    receiver.expect(BlocksReceived)
+    frozen.send_signal(signal.SIGSTOP)
+    receiver.thread.close_grant(1)
+    assert receiver.expect(GrantClosed).grant_id == 1
+
+
 def test_restarted_sender_sends_the_rest(receiver: Peer, start: Start) -> None:
     """Positions of failed messages may be sent again; those received may not."""
     receiver.thread.open_grant(1, range(BLOCKS))
@@ -81,3 +109,22 @@ def test_restarted_sender_sends_the_rest(receiver: Peer, start: Start) -> None:
         assert isinstance(receiver.expect(BlocksReceived), BlocksReceived)
     assert receiver.thread.snapshot().refused["duplicate"] > 0
     assert (receiver.rows == 0xAB).all()
+
+
+@pytest.mark.parametrize("receiver", ["ucx"], indirect=True)  # nothing else waits for a sender
+def test_a_frozen_sender_is_given_up_though_others_send(receiver: Peer, start: Start) -> None:
+    receiver.thread.open_grant(1, range(BLOCKS // 2))
+    lost = start(1, BLOCKS // 2)
+    receiver.expect(BlocksReceived)
+    lost.send_signal(signal.SIGSTOP)
+    receiver.thread.close_grant(1)
+    with spawner("ucx") as spawn:
+        sender, deadline = spawn(8, ROW), time.monotonic() + DEADLINE
+        for grant_id in itertools.count(2):
+            receiver.thread.open_grant(grant_id, [BLOCKS - 1])
+            sender.thread.send_blocks(receiver.address, grant_id, 0, [0], [BLOCKS - 1])
+            sender.expect(BlocksSent | SendFailed)
+            receiver.thread.close_grant(grant_id)
+            if any(event.grant_id == 1 for event in receiver.untaken(GrantClosed)):
+                break
+            assert time.monotonic() < deadline, "its blocks are never freed"

@@ -61,7 +61,7 @@ class ScriptedGenerator:
             self.num_open -= 1
 
     def workers(self) -> list[dict[str, Any]]:
-        return [{"id": "p", "role": "prefill"}]
+        return [{"id": "p", "role": "prefill", "metrics": "http://127.0.0.1:9/metrics"}]
 
     def drain(self, worker_id: str) -> dict[str, Any]:
         if worker_id != "p":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.router import RouterConfig, serve_router
+from cli.router import RouterConfig, listen, serve_router
 from protocol.errors import ConfigError
 from router import http_protocol
 from router.api_keys import ApiKeys, read_api_keys
@@ -18,15 +18,17 @@ from tests.router.conftest import PATIENCE, Router
 def test_each_of_the_keys_is_accepted_and_nothing_else() -> None:
     keys = ApiKeys(["one", "two"])
     assert keys
-    assert keys.accept("Bearer one")
-    assert keys.accept("bearer two ")
+    one, two = keys.client("Bearer one"), keys.client("bearer two ")
+    assert one
+    assert two
+    assert one != two
     for wrong in ("", "one", "Bearer", "Bearer ", "Bearer on", "Bearer onet", "Basic one"):
-        assert not keys.accept(wrong)
+        assert keys.client(wrong) is None
 
 
 def test_without_keys_everybody_is_let_in() -> None:
     assert not ApiKeys()
-    assert ApiKeys().accept("")
+    assert ApiKeys().client("") is not None
 
 
 def test_a_file_of_keys(tmp_path: Path) -> None:
@@ -90,3 +92,10 @@ def test_a_head_that_does_not_arrive(
     said = exchange(start(), sent)
     assert b"HTTP/1.1 408 " in said
     assert (b"HTTP/1.1 200 " in said) == (b"\r\n\r\n" in sent)
+
+
+def test_a_streams_events_are_sent_at_once() -> None:
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -53,7 +53,7 @@ class Kvferry:
         if not rows:
             rows = [BatchRow(s, s.num_computed, 1) for s in self._sequences]
         batch = Batch(tuple(rows))
-        tokens = self._engine.run(batch)
+        tokens = self._engine.run(batch).token_ids
         for row in rows:
             row.sequence.num_computed = row.end
         for row, token in zip(batch.sampling_rows, tokens, strict=True):

@@ -2,11 +2,13 @@
 
 A request lasts from ``send_blocks`` until the sender has ``BlocksSent`` and the receiver every
 ``BlocksReceived``. Its grant is open before: in a deployment that happens while P computes.
+``TRANSPORT`` in the environment is the worker's ``--transport``.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import time
 from typing import Any, TextIO
@@ -16,28 +18,31 @@ from lines import answer
 from transfer_loop import (
     DESTINATION,
     SOURCE,
-    Array,
+    WORD,
     Ask,
     Transfer,
     check,
-    initiator_arena,
     main,
     rows_of,
     run_initiator,
-    target_arena,
 )
 
+from kernels.cpu.memory import private_zeros
+from kernels.shared_memory import shared_zeros
+from kvtransfer.auto import auto_factory
 from kvtransfer.events import BlocksReceived, BlocksSent, GrantClosed
 from kvtransfer.thread import TransferThread
 from kvtransfer.ucx import UCXTransport
 
 DEADLINE = 60.0  # seconds for any one event
+AUTO = os.environ["TRANSPORT"] == "auto"
+HOST = "127.0.0.1"
 
 
 class Worker:
-    """One side: an arena, and a transfer thread for rows of one size at a time."""
+    """One side: an arena of words, and a transfer thread for rows of one size at a time."""
 
-    def __init__(self, arena: Array) -> None:
+    def __init__(self, arena: torch.Tensor) -> None:
         torch.set_num_threads(1)
         self.arena = arena
         self.events: queue.Queue[Any] = queue.Queue()
@@ -48,19 +53,20 @@ class Worker:
         if self._thread is None or row_bytes != self._row_bytes:
             if self._thread is not None:
                 self._thread.stop()
-            rows = torch.from_numpy(self.arena).view(-1, row_bytes // self.arena.itemsize)
-            self._thread = TransferThread(rows, UCXTransport.factory("127.0.0.1"), self.events.put)
+            rows = self.arena.view(-1, row_bytes // self.arena.itemsize)
+            factory = auto_factory(rows, HOST) if AUTO else UCXTransport.factory(HOST)
+            self._thread = TransferThread(rows, factory, self.events.put)
             self._thread.start()
             self._row_bytes = row_bytes
         return self._thread
 
 
 def target(answers: TextIO, num_bytes: int) -> None:
-    worker = Worker(target_arena(num_bytes))
+    worker = Worker(private_zeros((num_bytes // WORD,), torch.int64).fill_(-1))
 
     def handle(question: dict[str, Any]) -> Any:
         if "check" in question:
-            return check(worker.arena, question["check"])
+            return check(worker.arena.numpy(), question["check"])
         case, grant = question["case"], question["grant"]
         thread = worker.thread(case["row_bytes"])
         if question["do"] == "open":
@@ -82,7 +88,9 @@ def target(answers: TextIO, num_bytes: int) -> None:
 
 
 def initiator(answers: TextIO, num_bytes: int) -> None:
-    worker = Worker(initiator_arena(num_bytes))
+    zeros = shared_zeros if AUTO else private_zeros  # as prefill has it
+    worker = Worker(zeros((num_bytes // WORD,), torch.int64))
+    torch.arange(num_bytes // WORD, out=worker.arena)
     grants = itertools.count(1)
 
     def connect(hello: Any, ask: Ask) -> Transfer:

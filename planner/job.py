@@ -1,0 +1,62 @@
+"""A simulated request: the sequences that the real schedulers see, and when it got how far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from engine.sequence import Sequence
+from planner.workload import PREFIX_TOKENS, Request
+from protocol.sampling import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on its way. ``kv`` is what decode runs: its own sequence, or prefill's itself."""
+
+    number: int
+    request: Request
+    sequence: Sequence
+    kv: Sequence
+    asked: bool = False  # decode knows of it
+    first_chunk: float = field(default=-1.0)  # when its first blocks could travel
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+
+def new_job(number: int, request: Request, block_size: int, *, disaggregated: bool) -> Job:
+    """A job whose blocks are named as its prompt's prefix says. Token values play no part."""
+    names = block_names(number, request, block_size)
+    name = str(number)
+
+    def sequence() -> Sequence:
+        return Sequence(
+            name,
+            [0] * request.prompt_tokens,
+            request.prompt_tokens,
+            _sampling(request.output_tokens),
+            block_hashes=list(names),
+        )
+
+    prompt = sequence()
+    return Job(number, request, prompt, sequence() if disaggregated else prompt)
+
+
+def block_names(number: int, request: Request, block_size: int) -> list[bytes]:
+    """A name for each full block of the prompt.
+
+    Blocks within a shared prefix id have its name; what no id covers is the request's own. An id
+    names all tokens before it too, so equal names mean equal prefixes.
+    """
+    names = []
+    for index in range(request.prompt_tokens // block_size):
+        last = ((index + 1) * block_size - 1) // PREFIX_TOKENS
+        shared = last < len(request.prefix)
+        owner = b"p%d" % request.prefix[last] if shared else b"r%d" % number
+        names.append(b"%b.%d" % (owner, index))
+    return names
+
+
+@lru_cache(maxsize=4096)
+def _sampling(output_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=output_tokens)

@@ -1,0 +1,228 @@
+"""From an SLO, a workload and a number of workers to a pool ratio, or to no pools at all.
+
+The ratio is found by climbing: goodput has one hill over it (too few prefill workers queue
+prompts, too few decode workers fill batches). Then every token budget is tried at that ratio.
+Colocated workers with chunked prefill, on the same latency model and with their own best budget,
+are the baseline; pools that do not clearly beat them are not worth their transfers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from planner.goodput import Candidate
+from planner.outcome import Slo
+from planner.placement import Placement
+from planner.profile import WorkerProfile
+from planner.simulator import simulate
+from planner.workload import Request, at_rate
+from protocol.errors import ConfigError
+
+BUDGETS = (256, 512, 1024, 2048, 4096, 8192)  # tokens of a step
+FIRST_BUDGET = 2048
+MARGIN = 1.05  # by which pools must beat colocation
+MAP_FACTORS = (0.5, 1.0, 2.0)  # of both deadlines
+LONG_ENOUGH = 5  # a run's duration over the time of a median request
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A placement, the highest rate (requests a second) at which it keeps the SLO, and how."""
+
+    placement: Placement
+    goodput: float
+    figures: dict[str, float]  # seconds by name, at that rate; empty when it keeps it at none
+
+
+@dataclass(frozen=True, slots=True)
+class MapCell:
+    """Goodput of both ways, requests a second, under one SLO."""
+
+    ttft: float
+    tpot: float
+    disaggregated: float
+    prefill: int  # workers of its best ratio
+    colocated: float
+
+    @property
+    def ratio(self) -> float | None:
+        """Disaggregated over colocated; None when colocation cannot keep the SLO."""
+        return self.disaggregated / self.colocated if self.colocated else None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run and why. ``ratios`` are the pool ratios tried, by prefill workers."""
+
+    slo: Slo
+    best: Option
+    ratios: list[Option]
+    colocated: Option
+    slo_map: list[MapCell]
+    checked: float | None  # attainment of ``best`` at its goodput, in exact detail
+    notes: list[str]
+
+    @property
+    def disaggregate(self) -> bool:
+        """Whether the answer is two pools."""
+        return self.best.placement.colocated == 0
+
+    def answer(self) -> str:
+        """One sentence for the operator."""
+        if not self.best.goodput:
+            return "No placement keeps this SLO at any rate: relax it or take faster workers."
+        pools = max(self.ratios, key=lambda option: option.goodput, default=None)
+        rate = f"{self.best.goodput:.2f} requests/s"
+        budget = f"--max-num-batched-tokens {self.best.placement.max_num_batched_tokens}"
+        if self.disaggregate:
+            head = f"Disaggregate: {self.best.placement.prefill} prefill and "
+            head += f"{self.best.placement.decode} decode workers, {budget}, carry {rate}"
+            if not self.colocated.goodput:
+                return head + "; colocated workers keep this SLO at no rate."
+            gain = self.best.goodput / self.colocated.goodput
+            return head + f", {gain:.2f} times what colocated workers carry."
+        head = f"Do not disaggregate: {self.best.placement.colocated} colocated workers, {budget}, "
+        if pools is None:
+            return head + f"carry {rate}; two pools need two workers."
+        share = pools.goodput / self.best.goodput
+        return head + f"carry {rate}; the best pools carry {share:.2f} times that."
+
+
+class Planner:
+    """Finds placements of ``num_workers`` for one workload."""
+
+    def __init__(
+        self, requests: Sequence[Request], profile: WorkerProfile, num_workers: int
+    ) -> None:
+        if num_workers < 1:
+            raise ConfigError("a plan needs at least one worker")
+        self._requests = requests
+        self._profile = profile
+        self._num_workers = num_workers
+        self._candidates: dict[Placement, Candidate] = {}
+
+    def plan(self, slo: Slo, *, with_map: bool = True) -> Plan:
+        """The best placement for ``slo`` and what surrounds it."""
+        colocated = self.best_colocated(slo)
+        ratios: list[Option] = []
+        best = colocated
+        if self._num_workers > 1:
+            pools = self.best_pools(slo)
+            ratios = self._neighbours(pools, slo)
+            if pools.goodput > MARGIN * colocated.goodput:
+                best = pools
+        return Plan(
+            slo=slo,
+            best=best,
+            ratios=ratios,
+            colocated=colocated,
+            slo_map=self._map(slo, ratios) if with_map and ratios else [],
+            checked=self._check(best, slo),
+            notes=self._notes(best),
+        )
+
+    def best_pools(self, slo: Slo) -> Option:
+        """The best ratio, then the best budget at it."""
+        first = self._pools(self._num_workers // 2, FIRST_BUDGET)
+        return self._best_budget(self._climb_ratio(first, slo), slo)
+
+    def best_colocated(self, slo: Slo) -> Option:
+        """Colocated workers with their best budget."""
+        return self._best_budget(Placement(colocated=self._num_workers), slo)
+
+    def option(self, placement: Placement, slo: Slo) -> Option:
+        """A placement's goodput and its figures there."""
+        candidate = self._candidate(placement)
+        goodput = candidate.goodput(slo)
+        return Option(placement, goodput, candidate.outcome(goodput).figures() if goodput else {})
+
+    def _pools(self, prefill: int, budget: int) -> Placement:
+        decode = self._num_workers - prefill
+        return Placement(prefill=prefill, decode=decode, max_num_batched_tokens=budget)
+
+    def _candidate(self, placement: Placement) -> Candidate:
+        if placement not in self._candidates:
+            self._candidates[placement] = Candidate(self._requests, placement, self._profile)
+        return self._candidates[placement]
+
+    def _goodput(self, placement: Placement, slo: Slo) -> float:
+        return self._candidate(placement).goodput(slo)
+
+    def _climb_ratio(self, start: Placement, slo: Slo) -> Placement:
+        budget = start.max_num_batched_tokens
+        best = climb(
+            lambda prefill: self._goodput(self._pools(prefill, budget), slo),
+            range(1, self._num_workers),
+            start.prefill,
+        )
+        return self._pools(best, budget)
+
+    def _best_budget(self, placement: Placement, slo: Slo) -> Option:
+        """All of them are tried: goodput has more than one hill over the budget."""
+        tried = [replace(placement, max_num_batched_tokens=budget) for budget in BUDGETS]
+        return self.option(max(tried, key=lambda other: self._goodput(other, slo)), slo)
+
+    def _neighbours(self, pools: Option, slo: Slo) -> list[Option]:
+        """The best ratio and up to two on either side, with its budget: how flat the hill is."""
+        best = pools.placement
+        near = range(max(1, best.prefill - 2), min(self._num_workers, best.prefill + 3))
+        placements = [self._pools(prefill, best.max_num_batched_tokens) for prefill in near]
+        return [self.option(placement, slo) for placement in placements]
+
+    def _map(self, slo: Slo, ratios: list[Option]) -> list[MapCell]:
+        start = max(ratios, key=lambda option: option.goodput).placement
+        cells = []
+        for ttft in (slo.ttft * factor for factor in MAP_FACTORS):
+            for tpot in (slo.tpot * factor for factor in MAP_FACTORS):
+                asked = replace(slo, ttft=ttft, tpot=tpot)
+                pools = self._climb_ratio(start, asked)
+                colocated = self.best_colocated(asked).goodput
+                goodput = self._goodput(pools, asked)
+                cells.append(MapCell(ttft, tpot, goodput, pools.prefill, colocated))
+        return cells
+
+    def _check(self, best: Option, slo: Slo) -> float | None:
+        if not best.goodput:
+            return None
+        requests = at_rate(self._requests, best.goodput)
+        outcome = simulate(requests, best.placement, self._profile, detail="exact")
+        return outcome.attainment(slo)
+
+    def _notes(self, best: Option) -> list[str]:
+        if not best.goodput:
+            return []
+        duration = self._candidate(best.placement).duration(best.goodput)
+        outputs = median(request.output_tokens for request in self._requests)
+        needed = LONG_ENOUGH * (best.figures["ttft_p50"] + outputs * best.figures["tpot_p50"])
+        if duration >= needed:
+            return []
+        count = len(self._requests)
+        return [
+            f"{count} requests last {duration:.1f} s at this rate, too short for queues and "
+            f"batches to settle: use {round(count * needed / duration, -2):.0f} or more"
+        ]
+
+
+def climb(score: Callable[[int], float], over: range, start: int) -> int:
+    """The top of the hill around ``start``: wide steps first, then single ones.
+
+    At most 2·log2 of the range in wide steps; equal scores end the climb.
+    """
+    scores: dict[int, float] = {}
+
+    def scored(index: int) -> float:
+        if index not in scores:
+            scores[index] = score(index)
+        return scores[index]
+
+    best, step = min(max(start, over.start), over.stop - 1), max(1, len(over) // 8)
+    while step:
+        near = [index for index in (best - step, best + step) if index in over]
+        higher = max(near, key=scored, default=best)
+        if scored(higher) > scored(best):
+            best = higher
+        else:
+            step //= 2
+    return best

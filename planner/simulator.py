@@ -1,0 +1,199 @@
+"""A discrete-event simulation of a placement under a workload, on virtual time.
+
+    arrival → route → prefill queue → chunks → first token → transfer → decode batch → last token
+
+Chunks are the real prefill scheduler's, over real block pools with their prefix caches. In detail
+``exact`` decode steps are the real decode scheduler's and routing is the router's; in detail
+``fast`` both follow the same rules in aggregate (``planner.decoding``, ``planner.routing``).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import Literal
+
+from engine.block_pool import BlockPool
+from planner.clock import Clock
+from planner.decoding import LeapingDecode, ScheduledDecode
+from planner.job import Job, new_job
+from planner.outcome import Outcome
+from planner.placement import Placement
+from planner.profile import WorkerProfile
+from planner.routing import LeastLoaded, Route, RouterPolicy
+from planner.worker import SimulatedWorker
+from planner.workload import Request
+from prefill.scheduler import PrefillScheduler
+from protocol.errors import ConfigError
+
+Detail = Literal["exact", "fast"]
+
+
+def simulate(
+    requests: Iterable[Request],
+    placement: Placement,
+    profile: WorkerProfile,
+    *,
+    detail: Detail = "fast",
+    route: Callable[[Placement, WorkerProfile], Route] | None = None,
+) -> Outcome:
+    """Run every request to its end.
+
+    ``requests`` come in order of arrival and are read one at a time. ``route`` replaces the
+    router's policy. Raises ConfigError when a worker's KV does not hold a single block.
+    """
+    if profile.kv_tokens < placement.block_size:
+        raise ConfigError(f"{profile.kv_tokens} tokens of KV do not hold one block")
+    if route is None:
+        route = RouterPolicy if detail == "exact" and not placement.colocated else LeastLoaded
+    simulation = _Simulation(placement, profile, detail, route(placement, profile))
+    return simulation.run(requests)
+
+
+class _Simulation:
+    """The workers of one placement and what passes between them."""
+
+    def __init__(
+        self, placement: Placement, profile: WorkerProfile, detail: Detail, route: Route
+    ) -> None:
+        self._placement = placement
+        self._profile = profile
+        self._route = route
+        self._clock = Clock()
+        self._outcome = Outcome()
+        self._numbers = count()
+        self._unplaced: deque[Job] = deque()  # wait in the router
+        self._where: dict[int, tuple[int, int]] = {}
+        make = ScheduledDecode if detail == "exact" else LeapingDecode
+
+        def worker(*, prefill: bool, decode: bool) -> SimulatedWorker:
+            pool = BlockPool(profile.kv_tokens // placement.block_size, placement.block_size)
+            return SimulatedWorker(
+                self._clock,
+                profile.latency,
+                placement,
+                prefill=_prefill_scheduler(pool, placement) if prefill else None,
+                decode=make(pool, placement, self._outcome.itl) if decode else None,
+                offer=self._offer,
+                prefilled=self._prefilled,
+                ended=self._ended,
+            )
+
+        if placement.colocated:
+            self._prefill = [worker(prefill=True, decode=True) for _ in range(placement.colocated)]
+            self._decode = self._prefill
+        else:
+            self._prefill = [worker(prefill=True, decode=False) for _ in range(placement.prefill)]
+            self._decode = [worker(prefill=False, decode=True) for _ in range(placement.decode)]
+        self._link_free = [0.0] * len(self._prefill)  # when each prefill worker's link is
+        self._pending: list[deque[Job]] = [deque() for _ in self._decode]  # want room in decode
+
+    def run(self, requests: Iterable[Request]) -> Outcome:
+        """Everything, to the end."""
+        self._clock.run(requests, self._arrive)
+        return self._outcome
+
+    def _arrive(self, request: Request) -> None:
+        capacity = self._profile.kv_tokens // self._placement.block_size
+        needed = -(-(request.prompt_tokens + request.output_tokens) // self._placement.block_size)
+        if needed > capacity:
+            self._outcome.num_rejected += 1
+            return
+        disaggregated = not self._placement.colocated
+        number, size = next(self._numbers), self._placement.block_size
+        self._unplaced.append(new_job(number, request, size, disaggregated=disaggregated))
+        self._place()
+
+    def _place(self) -> None:
+        while self._unplaced:
+            chosen = self._route.choose(self._unplaced[0])
+            if chosen is None:
+                return
+            job = self._unplaced.popleft()
+            self._where[job.number] = chosen
+            self._prefill[chosen[0]].add(job)
+
+    def _offer(self, job: Job) -> None:
+        prefill, decode = self._where[job.number]
+        if self._placement.colocated or job.request.output_tokens == 1:  # no hand-off
+            self._prefill[prefill].grant(job)
+        else:
+            self._pending[decode].append(job)
+            self._grant_pending(decode)
+
+    def _grant_pending(self, index: int) -> None:
+        """First come, first served, as ``decode.admission`` does."""
+        decode, pending = self._decode[index].decode, self._pending[index]
+        assert decode is not None
+        while pending and decode.reserve(pending[0]):
+            job = pending.popleft()
+            self._prefill[self._where[job.number][0]].grant(job)
+
+    def _prefilled(self, job: Job, last_chunk: int) -> None:
+        self._route.prefilled(job)
+        self._outcome.prompt_tokens += job.request.prompt_tokens
+        self._outcome.cached_tokens += job.sequence.num_cached
+        prefill, decode = self._where[job.number]
+        if job.request.output_tokens == 1:
+            self._release(prefill, job)
+            self._ended(job)
+        elif self._placement.colocated:
+            half = self._decode[decode].decode
+            assert half is not None
+            half.add(job)
+        else:
+            arrived = self._transfer(prefill, job, last_chunk)
+            self._clock.at(arrived, lambda: self._hand_over(job))
+        self._place()
+
+    def _transfer(self, prefill: int, job: Job, last_chunk: int) -> float:
+        """When the KV has arrived: blocks travel from the first chunk's end, one after another.
+
+        What decode has cached stays; the last chunk can travel only now.
+        """
+        link, now = self._profile.link, self._clock.now
+        second_per_token = self._profile.kv_bytes_per_token / link.bytes_per_second
+        moved = job.request.prompt_tokens - job.kv.num_cached
+        began = max(job.first_chunk, self._link_free[prefill])
+        sent = max(
+            began + moved * second_per_token, now + min(last_chunk, moved) * second_per_token
+        )
+        self._link_free[prefill] = sent
+        return sent + link.latency
+
+    def _hand_over(self, job: Job) -> None:
+        prefill, decode = self._where[job.number]
+        self._release(prefill, job)
+        worker = self._decode[decode]
+        assert worker.decode is not None
+        job.kv.num_computed = job.request.prompt_tokens
+        worker.decode.pool.publish(job.kv, 0)
+        if job.kv.num_tokens == job.request.prompt_tokens:
+            job.kv.token_ids.append(0)
+        worker.decode.add(job)
+        worker.wake()
+
+    def _release(self, index: int, job: Job) -> None:
+        """Prefill's blocks stay as its prefix cache."""
+        worker = self._prefill[index]
+        assert worker.prefill is not None
+        worker.prefill.pool.release_sequence(job.sequence)
+        worker.wake()
+
+    def _ended(self, job: Job) -> None:
+        _, decode = self._where.pop(job.number)
+        self._route.ended(job)
+        others = job.request.output_tokens - 1
+        tpot = (job.last_token - job.first_token) / others if others else 0.0
+        self._outcome.add(job.first_token - job.request.arrival, tpot)
+        self._grant_pending(decode)
+        self._place()
+
+
+def _prefill_scheduler(pool: BlockPool, placement: Placement) -> PrefillScheduler:
+    return PrefillScheduler(
+        pool,
+        max_num_batched_tokens=placement.max_num_batched_tokens,
+        max_num_seqs=max(1, placement.max_num_seqs // 4),
+    )

@@ -1,0 +1,157 @@
+"""Which request starts next, on which workers, and which one is turned away.
+
+    arrival ──room on a prefill and a decode worker──────────────────────> started
+       │                                                                   ^    │
+       ├──its wait is forecast to be too long, or the router is full: 429  │    │
+       └──> queue, in turns by API key ──room──────────────────────────────┘    │
+              │                                                                 │
+              └──waited too long, or pushed out by a client with less: 429      │
+    resumed, before all others  <──the attempt failed or its worker is gone─────┘
+
+Joint: a request starts only when both workers of its pair have room for it, so that nothing is
+computed that decode cannot take. Pure state: the clock is passed in, nothing is sent here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.errors import OverloadedError
+from router.capacity import Demand, queued_tokens, takes_sequence
+from router.fair_queue import FairQueue
+from router.forecast import Forecast
+from router.metrics import QueueMetrics
+from router.policy import Pair, check_serving, choose_pair
+from router.registry import Registry
+from router.running import Running
+
+MARGIN = 0.8  # share of the bound that a forecast may reach: it errs, and a late 429 is worse
+SAME_AGAIN = 0.1  # seconds until a request may return to workers on which it failed
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A request whose turn it is, and where it goes."""
+
+    running: Running
+    pair: Pair
+    demand: Demand
+
+
+class Admission:
+    """Everything that waits, and what is at work."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        metrics: QueueMetrics,
+        *,
+        max_queue_time: float,
+        max_num_requests: int,
+    ) -> None:
+        self._registry = registry
+        self._metrics = metrics
+        self._max_queue_time = max_queue_time
+        self._longest_forecast = MARGIN * max_queue_time
+        self._max_num_requests = max_num_requests
+        self._forecast = Forecast()
+        self._queue: FairQueue[Running] = FairQueue()  # never started
+        self._resumed: list[Running] = []  # first come, first served
+        self._started: dict[Running, float] = {}  # when
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are not on workers."""
+        return len(self._queue) + len(self._resumed)
+
+    def waiting(self) -> list[Running]:
+        """Requests that are not on workers."""
+        return [*self._resumed, *self._queue.items()]
+
+    def arrive(self, running: Running) -> Running | None:
+        """Queue a new request; its turn may be at once. Returns one that it pushes out.
+
+        Raises OverloadedError when it cannot start in time, UnavailableError without workers.
+        """
+        check_serving(self._registry)
+        client, demand = running.request.client, self._demand(running)
+        must_wait = self.num_waiting > 0 or choose_pair(self._registry, demand) is None
+        if must_wait and self._wait(running) > self._longest_forecast:
+            raise self.overloaded("forecast", running)
+        pushed_out = None
+        if self.num_waiting + len(self._started) >= self._max_num_requests:
+            pushed_out = self._queue.last_behind(client)
+            if pushed_out is None:
+                raise self.overloaded("full", running)
+            self._queue.remove(pushed_out.request.client, pushed_out)
+        self._queue.push(client, demand.expected_tokens, running)
+        return pushed_out
+
+    def again(self, running: Running) -> None:
+        """The request's attempt is over, it is not: it goes on as soon as there is room."""
+        self._started.pop(running, None)
+        self._resumed.append(running)
+
+    def next(self, now: float) -> Start | None:
+        """Start the request whose turn it is; None while it must wait."""
+        for running in self._resumed:
+            avoid, demand = running.lifecycle.avoid, self._demand(running)
+            pair = choose_pair(self._registry, demand, avoid)
+            if pair is None:
+                return None
+            tried = {pair.prefill.worker_id, pair.decode.worker_id} & avoid
+            if not tried or now - running.waiting_since >= SAME_AGAIN:
+                self._resumed.remove(running)
+                return self._start(running, pair, demand, now)
+        head = self._queue.head()
+        if head is None:
+            return None
+        demand = self._demand(head)
+        pair = choose_pair(self._registry, demand)
+        if pair is None:
+            return None
+        return self._start(self._queue.pop(), pair, demand, now)
+
+    def leave(self, running: Running, now: float) -> None:
+        """The request is over, wherever it was."""
+        started = self._started.pop(running, None)
+        if started is not None and running.lifecycle.token_ids:
+            self._forecast.ended(len(running.lifecycle.token_ids), now - started)
+        if running in self._resumed:
+            self._resumed.remove(running)
+        self._queue.remove(running.request.client, running)
+
+    def overdue(self, now: float) -> list[Running]:
+        """Requests that were forecast to start by now, and did not."""
+        return [r for r in self._queue.items() if now - r.waiting_since > self._max_queue_time]
+
+    def overloaded(self, reason: str, running: Running) -> OverloadedError:
+        """What a request is told that is turned away for ``reason``."""
+        self._metrics.shed.labels(reason=reason).inc()
+        wait = self._wait(running)
+        return OverloadedError(
+            f"{self.num_waiting} requests are waiting, a new one would start in about {wait:.0f} s",
+            retry_after=wait - self._longest_forecast,
+        )
+
+    def _start(self, running: Running, pair: Pair, demand: Demand, now: float) -> Start:
+        self._started[running] = now
+        self._metrics.queue_time.observe(now - running.waiting_since)
+        return Start(running, pair, demand)
+
+    def _demand(self, running: Running) -> Demand:
+        prompt = len(running.request.prompt_token_ids)
+        output = self._forecast.output(running.request.sampling.max_tokens)
+        return Demand(running.num_tokens, max(prompt + output, running.num_tokens + 1))
+
+    def _wait(self, like: Running) -> float:
+        """Seconds until a request like this one would start if it came now."""
+        ahead = [*self._resumed, *self._queue.ahead_of(like.request.client)]
+        demand, prefills = self._demand(like), self._registry.serving("prefill")
+        has_place = any(takes_sequence(w, demand) for w in self._registry.serving("decode"))
+        return self._forecast.wait(
+            num_ahead=len(ahead),
+            num_running=0 if has_place else len(self._started),
+            tokens_ahead=sum(r.num_tokens for r in ahead) + sum(map(queued_tokens, prefills)),
+            prefill_rate=sum(w.load.prefill_tokens_per_second for w in prefills),
+        )

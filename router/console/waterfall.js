@@ -1,0 +1,97 @@
+// Where one request's time went.
+
+import { $, clock, h, percent, s, seconds, setText } from "./dom.js";
+
+const ABOUT = {
+  tokenise: "The router applied the chat template and tokenised the prompt.",
+  first_sequence: "Waited until the first sequence from the same prompt had its KV in the caches.",
+  router_queue: "Waited in the router: no pair of workers had room. The pools are too small for the load, or one of them is full.",
+  prefill: "On the prefill worker: its queue, computing the prompt, and waiting for room on decode. Long prompts, or too few prefill workers.",
+  deliver: "In the router, between a token's arrival and its event to the client. Much of it means that the router process is busy.",
+  decode: "On the decode worker, from the first token to the last.",
+};
+const TOKENS_HEIGHT = 60;
+
+export function showRequest(sequences, wanted, objective) {
+  const sequence = sequences.find((one) => one.sequence === wanted) ?? sequences[0];
+  setText($("request-title"), sequence.sequence);
+  const first = sequence.time_to_first_token ?? sequence.seconds;
+  const before = sequence.stages.filter((stage) => stage.start + stage.seconds <= first + 2e-6);
+  const after = sequence.stages.slice(before.length);
+  $("request-body").replaceChildren(
+    ...facts(sequence), ...toFirstToken(sequence, before, first, objective), ...output(sequence, after, first),
+  );
+}
+
+function facts(sequence) {
+  const { attempts } = sequence;
+  const cached = sequence.cached_tokens ? ` (${sequence.cached_tokens} cached)` : "";
+  const route = attempts.map(({ prefill, decode }) => `${prefill} → ${decode}`).join(", then ");
+  const pairs = [
+    ["Arrived", clock(sequence.received)],
+    ["Outcome", sequence.outcome ?? `under way: ${label(sequence.stage)}`],
+    ["Prompt", `${sequence.prompt_tokens} tokens${cached}`],
+    ["Output", `${sequence.output_tokens} tokens`],
+    ["Workers", route || "none"],
+  ];
+  return [h("dl", { class: "facts" }, pairs.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))))];
+}
+
+function toFirstToken(sequence, stages, first, { ttft }) {
+  const came = sequence.time_to_first_token !== null;
+  const late = first > ttft;
+  const title = came ? "To the first token" : "No token came";
+  const longest = stages.reduce((a, b) => (b.seconds > a.seconds ? b : a), { seconds: 0 });
+  const verdict = longest.name && h(
+    "p", { class: "verdict" }, h("b", {}, `${percent(longest.seconds / first)} of it was ${label(longest.name)}. `),
+    ABOUT[longest.name] ?? "",
+  );
+  return [
+    h("h3", {}, `${title} `, h("span", { class: late ? "late" : "quiet" },
+      `${seconds(first)}, objective ${seconds(ttft)}`)),
+    verdict, bars(stages, 0, first, longest),
+  ];
+}
+
+function output(sequence, stages, first) {
+  if (sequence.time_to_first_token === null) return [];
+  const rest = sequence.seconds - first;
+  return [
+    h("h3", {}, "From the first token to the end ", h("span", { class: "quiet" },
+      `${seconds(rest)}, ${seconds(sequence.time_per_output_token)} per token`)),
+    bars(stages, first, sequence.seconds), tokens(sequence, first),
+  ];
+}
+
+// A row per stage between two times, its bar where it lies.
+function bars(stages, begin, end, longest = null) {
+  const whole = Math.max(end - begin, 1e-9);
+  const rows = stages.map((stage) => {
+    const x = (100 * (stage.start - begin)) / whole;
+    const width = Math.max((100 * stage.seconds) / whole, 0.25);
+    const picture = s("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
+      s("rect", { class: `stage stage-${stage.name}`, x: Math.min(x, 99.75), width, y: 0, height: 10 }));
+    return h("tr", { class: stage === longest ? "longest" : "" },
+      h("th", { scope: "row", title: ABOUT[stage.name] }, label(stage.name)),
+      h("td", { class: "picture" }, picture), h("td", { class: "number" }, seconds(stage.seconds)),
+      h("td", { class: "number quiet wide" }, percent(stage.seconds / whole)));
+  });
+  return h("table", { class: "waterfall" }, h("tbody", {}, rows));
+}
+
+// A tick per token: gaps show where the stream stood still.
+function tokens({ token_times: { stride, seconds: times }, seconds: end, longest_gap }, first) {
+  if (times.length < 2) return null;
+  const whole = Math.max(end - first, 1e-9);
+  const ticks = times.map((at) => {
+    const x = ((100 * (at - first)) / whole).toFixed(3);
+    return `M${x} 0V10`;
+  });
+  const every = stride === 1 ? "every token" : `every ${stride}th token`;
+  return h("figure", { class: "tokens" },
+    h("figcaption", { class: "quiet" }, `A line for ${every}; the longest gap is ${seconds(longest_gap)}`),
+    s("svg", { viewBox: "0 0 100 10", height: TOKENS_HEIGHT / 2, preserveAspectRatio: "none", role: "img", "aria-label": "When tokens came" },
+      s("path", { class: "ticks", d: ticks.join(""), "vector-effect": "non-scaling-stroke" })));
+}
+
+const label = (name) => name.replaceAll("_", " ");

@@ -1,0 +1,175 @@
+"""Goodput, the climb to the best placement, and what the planner tells the operator."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from planner.goodput import GRID, Candidate
+from planner.outcome import Outcome, Slo
+from planner.placement import Placement
+from planner.plan import BUDGETS, Planner, climb
+from planner.profile import PUBLISHED
+from planner.workload import Lengths, Request, at_rate, generate
+from protocol.errors import ConfigError
+from tests.planner.profiles import profile
+
+OPT_13B = PUBLISHED["a100-opt-13b"]
+H200 = PUBLISHED["h200-llama-3.1-8b"].model_copy(update={"kv_tokens": 65_536})
+
+
+def workload(prompt: Lengths, output: Lengths, count: int = 500) -> list[Request]:
+    return list(generate(rate=1, count=count, prompt=prompt, output=output))
+
+
+LONG_PROMPTS = workload(Lengths(4000, 0.5), Lengths(100, 0.5), count=120)
+CHAT = workload(Lengths(250, 1.0), Lengths(100, 1.0), count=200)
+FIXED = workload(Lengths(512), Lengths(64))
+
+
+def test_attainment_counts_whoever_misses_either_deadline_or_is_rejected() -> None:
+    outcome = Outcome()
+    for ttft, tpot in [(1.0, 0.1), (1.0, 0.2), (2.0, 0.1)]:
+        outcome.add(ttft, tpot)
+    outcome.num_rejected = 1
+    assert outcome.attainment(Slo(1.0, 0.1)) == 1 / 4
+    assert outcome.attainment(Slo(2.0, 0.2)) == 3 / 4
+
+
+def test_goodput_is_the_last_rate_that_keeps_the_slo() -> None:
+    candidate = Candidate(FIXED, Placement(prefill=1, decode=1), H200)
+    slo = Slo(0.1, 0.02)
+    goodput = candidate.goodput(slo)
+    assert candidate.outcome(goodput).attainment(slo) >= 0.9
+    assert candidate.outcome(goodput * GRID).attainment(slo) < 0.9
+    fresh = Candidate(FIXED, Placement(prefill=1, decode=1), H200)
+    assert fresh.goodput(replace(slo, ttft=0.05)) == candidate.goodput(replace(slo, ttft=0.05))
+
+
+def test_an_slo_below_one_step_is_kept_at_no_rate() -> None:
+    assert Candidate(FIXED, Placement(prefill=1, decode=1), H200).goodput(Slo(1.0, 1e-3)) == 0
+
+
+@pytest.mark.parametrize("top", range(20))
+@pytest.mark.parametrize("start", [0, 7, 19])
+def test_a_climb_ends_on_top(top: int, start: int) -> None:
+    assert climb(lambda index: -abs(index - top), range(20), start) == top
+
+
+def test_the_recommended_pools_are_as_good_as_the_best_of_all() -> None:
+    slo = Slo(0.5, 0.008)
+    recommended = Planner(LONG_PROMPTS, H200, 4).best_pools(slo).goodput
+    best = max(
+        Candidate(
+            LONG_PROMPTS,
+            Placement(prefill=prefill, decode=4 - prefill, max_num_batched_tokens=budget),
+            H200,
+        ).goodput(slo)
+        for prefill in (1, 2, 3)
+        for budget in BUDGETS
+    )
+    assert recommended >= 0.95 * best > 0
+
+
+def test_distserves_order_of_placements() -> None:
+    """OPT-13B, 512 tokens in and 64 out, 0.4 s and 0.04 s (Zhong et al., OSDI '24, figure 1).
+
+    A GPU that only prefills carries more than one that does both, one that only decodes yet more;
+    pools carry what their narrower one does.
+    """
+    slo = Slo(0.4, 0.04)
+
+    def goodput(placement: Placement, asked: Slo = slo) -> float:
+        return Candidate(FIXED, placement, OPT_13B).goodput(asked)
+
+    prefill_only = goodput(Placement(prefill=1, decode=6), Slo(0.4, 1e9))
+    decode_only = goodput(Placement(prefill=6, decode=1), Slo(1e9, 0.04))
+    colocated = max(goodput(Placement(colocated=1, max_num_batched_tokens=b)) for b in (512, 2048))
+    assert decode_only > prefill_only > colocated
+    for prefill, decode in [(1, 1), (2, 1), (1, 2)]:
+        narrower = min(prefill * prefill_only, decode * decode_only)
+        pools = goodput(Placement(prefill=prefill, decode=decode))
+        assert pools == pytest.approx(narrower, rel=0.1)
+        if prefill >= decode:
+            assert pools / (prefill + decode) > colocated
+
+
+def test_a_tight_tpot_wants_pools_and_a_loose_one_does_not() -> None:
+    """The crossover: tokens that may be slow can share their steps with prompts."""
+    tight = Planner(LONG_PROMPTS, H200, 4).plan(Slo(0.5, 0.006), with_map=False)
+    loose = Planner(LONG_PROMPTS, H200, 4).plan(Slo(0.5, 0.1), with_map=False)
+    assert tight.disaggregate
+    assert tight.answer().startswith(f"Disaggregate: {tight.best.placement.prefill} prefill and")
+    assert not loose.disaggregate
+    assert loose.answer().startswith("Do not disaggregate: 4 colocated workers")
+    for plan in (tight, loose):
+        assert plan.checked == pytest.approx(0.9, abs=0.05)
+        best = max(plan.ratios, key=lambda option: option.goodput)
+        assert plan.best.goodput == max(plan.colocated.goodput, best.goodput)
+
+
+def test_one_worker_has_no_pools() -> None:
+    plan = Planner(CHAT, H200, 1).plan(Slo(0.5, 0.05))
+    assert (plan.ratios, plan.slo_map) == ([], [])
+    assert plan.answer().endswith("two pools need two workers.")
+
+
+def test_an_impossible_slo_is_said_to_be_one() -> None:
+    plan = Planner(CHAT, H200, 2).plan(Slo(0.5, 1e-3), with_map=False)
+    assert plan.answer().startswith("No placement keeps this SLO")
+    assert plan.checked is None
+
+
+def test_a_workload_that_ends_before_queues_settle_is_pointed_out() -> None:
+    notes = Planner(CHAT[:20], H200, 2).plan(Slo(0.5, 0.05), with_map=False).notes
+    assert len(notes) == 1
+    assert notes[0].startswith("20 requests last")
+    slow = profile(decode=(1e-3, 0.0, 0.0), kv_tokens=65_536)
+    assert Planner(CHAT, slow, 2).plan(Slo(2.0, 0.05), with_map=False).notes == []
+
+
+def test_a_plan_needs_a_worker() -> None:
+    with pytest.raises(ConfigError, match="at least one worker"):
+        Planner(CHAT, H200, 0)
+
+
+ASK = ["plan", "--profile", "h200-llama-3.1-8b", "--slo-ttft", "500", "--slo-tpot", "20"]
+ASK += ["--gpus", "2", "--requests", "50"]
+LENGTHS = ["--prompt-tokens", "500", "--output-tokens", "50"]
+
+
+def test_the_command_prints_and_writes_json() -> None:
+    shown = CliRunner().invoke(app, [*ASK, *LENGTHS])
+    assert shown.exit_code == 0, shown.output
+    for expected in ("isaggregate", "real schedulers", "1P1D", "2 colocated", "TTFT 250 ms"):
+        assert expected in shown.stdout
+    written = CliRunner().invoke(app, [*ASK, *LENGTHS, "--json"])
+    record = json.loads(written.stdout)
+    assert record["answer"] in " ".join(shown.stdout.split())
+    assert record["best"]["goodput"] > 0
+    assert len(record["slo_map"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ([], "give --trace, or both"),
+        (["--prompt-tokens", "5"], "give --trace, or both"),
+        (["--trace", "none.csv"], "cannot read the trace"),
+        (["--trace", "none.csv", *LENGTHS], "--trace has its own lengths"),
+        ([*LENGTHS, "--profile", "none"], "neither a readable file"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options: list[str], complaint: str) -> None:
+    result = CliRunner().invoke(app, [*ASK, *options])
+    assert result.exit_code == 1
+    assert complaint in result.stderr
+
+
+def test_rates_are_those_asked_for() -> None:
+    arrivals = [request.arrival for request in at_rate(CHAT, 10.0)]
+    assert arrivals[-1] == pytest.approx((len(CHAT) - 1) / 10)

@@ -1,0 +1,164 @@
+"""The console in headless Chromium: needs the ``playwright`` package and an installed Chromium."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from router.api_keys import ApiKeys
+from router.generation import TokenChunk
+from tests.router.conftest import PATIENCE, Router
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is on the PATH")
+expect = playwright.expect
+
+LOAD = {
+    "max_num_seqs": 8, "num_running": 2, "num_waiting": 1, "waiting_tokens": 300,
+    "free_blocks": 25, "total_blocks": 100,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page; an error in its console or its scripts fails the test."""
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    wrong: list[str] = []
+    page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    yield page
+    page.close()
+    # Chromium itself reports answers that are not 2xx and connections that fail.
+    assert [text for text in wrong if not text.startswith("Failed to load resource")] == []
+
+
+@pytest.fixture
+def drained(router: Router, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gives the router two workers, prefill-0 and decode-0. What is drained."""
+    drained: list[str] = []
+
+    def rows() -> list[dict[str, Any]]:
+        return [
+            {
+                "id": f"{role}-0",
+                "role": role,
+                "state": "leaving" if f"{role}-0" in drained else "serving",
+                "transport": "UCX 1 (somewhere): tcp/lo",
+                "load": LOAD,
+            }
+            for role in ("prefill", "decode")
+        ]
+
+    def drain(worker_id: str) -> dict[str, Any]:
+        drained.append(worker_id)
+        return {"id": worker_id}
+
+    monkeypatch.setattr(router.generator, "workers", rows)
+    monkeypatch.setattr(router.generator, "drain", drain)
+    return drained
+
+
+def test_both_pools_are_shown_and_a_worker_drains(
+    page: Any, router: Router, drained: list[str]
+) -> None:
+    page.goto(router.url + "/console")
+    expect(page.locator("#status")).to_have_text("Serving")
+    row = page.locator(".pool.decode tbody tr")
+    expect(row).to_contain_text("decode-0")
+    expect(row).to_contain_text("2 / 8")
+    expect(row).to_contain_text("75 %")
+    expect(row).to_contain_text("tcp/lo")
+    expect(page.locator(".pool.prefill tbody tr")).to_contain_text("1 (300 tok)")
+    button = page.get_by_role("button", name="Drain decode-0")
+    button.press("Enter")
+    expect(page.locator("#drain")).to_contain_text("Drain decode-0?")
+    expect(page.locator("#drain-last")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#drain")).to_be_hidden()
+    assert drained == []
+    button.press("Enter")
+    page.locator("#drain-yes").press("Enter")
+    expect(button).to_be_disabled()
+    assert drained == ["decode-0"]
+
+
+def test_a_request_appears_and_its_waterfall_opens_by_keyboard(page: Any, router: Router) -> None:
+    page.goto(router.url + "/console")
+    expect(page.locator("#no-requests")).to_have_text("No request has ended yet.")
+    for text in ("Hello there", "Good-bye"):
+        router.say(text, "length")
+        router.post("/v1/completions", model="test", prompt="Say hello")
+    rows = page.locator("#requests tbody tr")
+    expect(rows).to_have_count(2)
+    rows.nth(0).locator("button").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    dialog = page.locator("dialog#request")
+    expect(dialog).to_contain_text("To the first token")
+    expect(dialog.locator(".waterfall").first).to_contain_text("tokenise")
+    expect(dialog.locator(".verdict")).to_contain_text("of it was")
+    expect(dialog.locator(".ticks")).to_have_count(1)
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    expect(rows.nth(1).locator("button")).to_be_focused()
+
+
+def test_the_objective_is_kept(page: Any, router: Router) -> None:
+    page.goto(router.url + "/console")
+    expect(page.locator("input[name=tpot]")).to_have_value("100")
+    page.locator("input[name=tpot]").fill("40")
+    with page.expect_request(lambda asked: "tpot=0.04&" in asked.url):
+        page.keyboard.press("Enter")
+    page.reload()
+    expect(page.locator("input[name=tpot]")).to_have_value("40")
+    page.locator("input[name=tpot]").fill("-1")
+    with page.expect_request(lambda asked: "overview" in asked.url) as asked:
+        page.keyboard.press("Tab")
+    assert "tpot=0.04&" in asked.value.url
+
+
+def test_the_key_is_asked_for_once(page: Any, start: Callable[..., Router]) -> None:
+    router = start(api_keys=ApiKeys(["secret"]))
+    page.goto(router.url + "/console")
+    expect(page.locator("#key")).to_be_visible()
+    page.locator("#key-input").fill("wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-problem")).to_contain_text("does not accept this key")
+    page.locator("#key-input").fill("secret")
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_have_text("Serving")
+    page.reload()
+    expect(page.locator("#status")).to_have_text("Serving")
+    expect(page.locator("#key")).to_be_hidden()
+
+
+def test_a_router_that_is_gone_is_said_to_be_and_comes_back(page: Any, router: Router) -> None:
+    router.generator.script = [TokenChunk([5], "length")]
+    page.goto(router.url + "/console")
+    expect(page.locator("#status")).to_have_text("Serving")
+    page.route("**/admin/**", lambda route: route.abort())
+    expect(page.locator("#problem")).to_contain_text("No answer from the router.")
+    expect(page.locator("#status")).to_have_text("Connection lost")
+    page.unroute("**/admin/**")
+    expect(page.locator("#status")).to_have_text("Serving")
+    expect(page.locator("#problem")).to_be_hidden()
+
+
+def test_why_nothing_is_served_is_shown(page: Any, router: Router) -> None:
+    router.generator.reason = "no decode worker is registered"
+    page.goto(router.url + "/console")
+    expect(page.locator("#status")).to_have_text("no decode worker is registered")
+    expect(page.locator(".pool.decode .empty")).to_be_visible()

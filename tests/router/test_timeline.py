@@ -1,0 +1,208 @@
+"""Where a request's time went: the timeline, the log of requests, and the activity window."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from protocol.errors import DeadlineError, RequestNotFoundError
+from protocol.messages import Left
+from protocol.sampling import SamplingParams
+from router.activity import NUM_SLOTS, SLOT, Activity, Histogram, Objective, percentiles
+from router.generation import GenerationRequest
+from router.metrics import RouterMetrics, SequenceTimer
+from router.request_log import MAX_RECENT, SLOW_PER_MINUTE, Record, RequestLog
+from router.timeline import MAX_TIMES, Stage, Timeline, TokenTimes
+from tests.router_scene import Scene, first, tokens
+
+GOAL = Objective(time_to_first_token=1.0, time_per_output_token=0.1)
+
+
+def request() -> GenerationRequest:
+    return GenerationRequest("r", [1, 2, 3], SamplingParams(max_tokens=9))
+
+
+def names(timeline: Timeline) -> list[str]:
+    return [stage.name for stage in timeline.stages(timeline.received)]
+
+
+def test_the_stages_add_up_to_the_time_to_first_token() -> None:
+    timeline = Timeline(received=10.0)
+    for at, stage in ((10.5, "router_queue"), (12.0, "prefill"), (15.0, "decode")):
+        timeline.enter(stage, at)
+    timeline.deliver(1, 15.25)
+    timeline.deliver(2, 16.0)
+    timeline.enter("deliver", 17.0)
+    timeline.end(17.5)
+    assert timeline.stages(99.0) == [
+        Stage("tokenise", 10.0, 0.5),
+        Stage("router_queue", 10.5, 1.5),
+        Stage("prefill", 12.0, 3.0),
+        Stage("deliver", 15.0, 0.25),
+        Stage("decode", 15.25, 1.75),
+        Stage("deliver", 17.0, 0.5),
+    ]
+    assert timeline.time_to_first_token == 5.25
+    assert sum(stage.seconds for stage in timeline.stages(99.0)[:4]) == 5.25
+    assert timeline.time_per_output_token == pytest.approx(0.75 / 2)
+    assert timeline.longest_wait(99.0) == 5.25
+
+
+def test_a_first_token_that_is_delivered_after_the_last_one_came() -> None:
+    timeline = Timeline(received=0.0)
+    for at, stage in ((1.0, "prefill"), (2.0, "decode"), (2.5, "deliver")):
+        timeline.enter(stage, at)
+    timeline.deliver(4, 3.0)
+    timeline.end(3.5)
+    assert timeline.stages(9.0)[2:] == [Stage("deliver", 2.0, 1.0), Stage("deliver", 3.0, 0.5)]
+
+
+def test_a_sequence_under_way_is_in_its_last_stage_until_now() -> None:
+    timeline = Timeline(received=0.0)
+    timeline.enter("router_queue", 1.0)
+    assert timeline.stages(5.0) == [Stage("tokenise", 0.0, 1.0), Stage("router_queue", 1.0, 4.0)]
+    assert timeline.longest_wait(5.0) == 5.0
+    assert timeline.time_to_first_token is None
+
+
+def test_the_longest_wait_is_a_gap_between_tokens() -> None:
+    timeline = Timeline(received=0.0)
+    for at in (1.0, 1.1, 4.0, 4.1):
+        timeline.deliver(1, at)
+    timeline.end(4.2)
+    assert timeline.longest_wait(9.0) == pytest.approx(2.9)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_token_times_are_thinned(at_once: int) -> None:
+    times = TokenTimes()
+    for start in range(0, 3 * MAX_TIMES, at_once):
+        times.add(at_once, float(start))
+    assert times.count == 3 * MAX_TIMES
+    assert times.stride == 4
+    expected = [float(i - i % at_once) for i in range(0, 3 * MAX_TIMES, 4)]
+    assert list(times.times) == expected
+
+
+def test_the_dispatcher_writes_the_stages_of_each_attempt() -> None:
+    scene = Scene("p0", "d0", "d1")
+    running = scene.dispatch(request())
+    timeline = running.request.timeline
+    assert timeline.stage == "prefill"
+    scene.say("p0", first(1, 0, 7))
+    scene.say("d0", tokens(1, 1, 8))
+    scene.say("d0", Left())
+    scene.say("p0", first(2, 2, 9))
+    scene.say("d1", tokens(2, 3, 10, last=True))
+    again = ["router_queue", "prefill", "decode"]
+    assert names(timeline) == ["tokenise", "prefill", "decode", *again, "deliver"]
+    assert timeline.attempts == [("p0", "d0"), ("p0", "d1")]
+
+
+def timed(metrics: RouterMetrics, error: BaseException | None) -> Record:
+    with SequenceTimer(metrics, request()) as timer:
+        [record] = metrics.log.running(9)
+        assert (record.outcome, record.timeline.stage) == (None, "router_queue")
+        if error is not None:
+            raise error
+        timer.tokens(2, num_cached_tokens=1)
+        timer.finished("stop")
+    raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "failed"),
+    [
+        (DeadlineError("late"), "deadline_exceeded", 1),
+        (RuntimeError("a bug"), "internal_error", 1),
+        (asyncio.CancelledError(), "cancelled", 0),
+        (GeneratorExit(), "cancelled", 0),
+    ],
+)
+def test_how_a_sequence_ended(error: BaseException, outcome: str, failed: int) -> None:
+    metrics = RouterMetrics(CollectorRegistry())
+    with pytest.raises(type(error)):
+        timed(metrics, error)
+    assert [record.outcome for record in metrics.log.recent(9)] == [outcome]
+    assert metrics.log.running(9) == []
+    rates = metrics.activity.present(GOAL, metrics.log.recent(1)[0].timeline.received)["rates"]
+    assert (rates["failed"] > 0) == bool(failed)
+
+
+def ended(log: RequestLog, name: str, received: float, end: float) -> Record:
+    record = Record(name, 1, Timeline(received=received))
+    log.begin(record)
+    log.end(record, "stop", end)
+    return record
+
+
+def test_the_log_is_bounded_and_keeps_the_slowest() -> None:
+    log = RequestLog()
+    slow = ended(log, "cmpl-slow-0", 0.0, 50.0)
+    for i in range(2 * MAX_RECENT):
+        ended(log, f"cmpl-{i}-0", 50.0, 50.0 + i / 1000)
+    assert len(log.recent(5 * MAX_RECENT)) == MAX_RECENT
+    assert log.recent(1)[0].request_id == f"cmpl-{2 * MAX_RECENT - 1}"
+    assert slow not in log.recent(MAX_RECENT)
+    assert log.slowest(1, now=60.0) == [slow]
+    assert len(log.slowest(100, now=60.0)) == SLOW_PER_MINUTE
+    assert log.find("cmpl-slow") == [slow]
+    assert log.slowest(100, now=50.0 + 11 * 60.0) == []
+
+
+def test_a_request_is_found_with_all_its_sequences_or_not_at_all() -> None:
+    log = RequestLog()
+    second, running = ended(log, "cmpl-a-1", 0.0, 1.0), Record("cmpl-a-0", 1, Timeline())
+    log.begin(running)
+    assert log.find("cmpl-a") == [running, second]
+    assert log.find("cmpl-a-1") == [second]
+    with pytest.raises(RequestNotFoundError, match="'cmpl-b' is neither"):
+        log.find("cmpl-b")
+
+
+def test_percentiles_are_within_one_percent() -> None:
+    histogram, other = Histogram(), Histogram()
+    for i in range(1, 1001):
+        (histogram if i % 2 else other).add(i / 1000)
+    found = percentiles([histogram, other])
+    assert found == pytest.approx({"p50": 0.5, "p90": 0.9, "p99": 0.99}, rel=0.011)
+    assert percentiles([Histogram()]) is None
+    histogram = Histogram()
+    histogram.add(0.0)
+    assert percentiles([histogram]) == pytest.approx(
+        {"p50": 1e-6, "p90": 1e-6, "p99": 1e-6}, rel=0.1
+    )
+
+
+def test_goodput_counts_what_is_within_both_objectives() -> None:
+    activity = Activity(0.0)
+    for ttft, tpot in ((0.5, 0.05), (2.0, 0.05), (0.5, 0.2), (0.5, None)):
+        activity.arrived(10.0)
+        activity.first_token(ttft, 7, 10.0)
+        activity.tokens(3, None, 10.0)
+        activity.served(ttft, tpot, 10.0)
+    activity.failed(10.0)
+    window = activity.present(GOAL, 20.0)
+    assert window["seconds"] == 20.0
+    assert window["goodput"]["requests_per_second"] == 0.1
+    assert window["goodput"]["attainment"] == 0.4
+    assert window["rates"] == {
+        "requests": 0.2, "failed": 0.05, "prompt_tokens": 1.4, "output_tokens": 0.6,
+    }  # fmt: skip
+
+
+def test_what_is_older_than_a_minute_is_not_present_and_older_than_ten_is_gone() -> None:
+    activity = Activity(0.0)
+    activity.tokens(5, 0.01, 1.0)
+    assert activity.present(GOAL, 30.0)["inter_token_latency"] is not None
+    assert activity.present(GOAL, 90.0)["inter_token_latency"] is None
+    history = activity.history(GOAL, 0, 90.0)
+    assert [point["slot"] for point in history] == list(range(1, 18))
+    everything = activity.history(GOAL, -1, 90.0)
+    assert everything[0]["output_tokens"] == 1.0
+    assert [point["slot"] for point in activity.history(GOAL, 15, 90.0)] == [16, 17]
+    later = NUM_SLOTS * SLOT + 90.0
+    assert len(activity.history(GOAL, 0, later)) == NUM_SLOTS - 1
+    assert all(point["output_tokens"] == 0 for point in activity.history(GOAL, 0, later))

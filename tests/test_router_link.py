@@ -1,0 +1,118 @@
+"""A worker's link to a router: what a broken connection loses is noticed, and begun anew."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cli.router_link import RouterLink
+from protocol.link import Server
+from protocol.messages import (
+    Cancel,
+    Heartbeat,
+    Message,
+    Register,
+    Registered,
+    RequestFailed,
+    RouterHeartbeat,
+)
+from tests.router_scene import SOON, registration
+
+FAILED = RequestFailed(request_id="r#1", code="overloaded", message="full")
+
+
+@dataclass
+class Role:
+    got: list[Message] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    def from_router(self, router_id: str, message: Message) -> None:
+        self.got.append(message)
+
+    def drop_router(self, router_id: str) -> None:
+        self.dropped.append(router_id)
+
+
+class RouterEnd:
+    """The router's end of the link, by hand."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.peer = b""
+
+    async def next(self, kind: type[Message], is_it: Callable[[Message], bool]) -> Message:
+        async with asyncio.timeout(SOON):
+            while True:
+                self.peer, message = await self.server.receive()
+                if isinstance(message, kind) and is_it(message):
+                    return message
+
+    async def register(self, session: int) -> None:
+        def is_it(message: Message) -> bool:
+            return isinstance(message, Register) and message.session == session
+
+        await self.next(Register, is_it)
+        self.say(Registered(router_id="r", heartbeat_interval=0.02))
+
+    async def heartbeat(self, num_sent: int) -> None:
+        def is_it(message: Message) -> bool:
+            return isinstance(message, Heartbeat) and message.num_sent == num_sent
+
+        await self.next(Heartbeat, is_it)
+
+    def say(self, *messages: Message) -> None:
+        for message in messages:
+            assert self.server.send(self.peer, message)
+
+
+@asynccontextmanager
+async def linked(folder: Path) -> AsyncIterator[tuple[RouterEnd, RouterLink, Role]]:
+    server, role = Server(f"ipc://{folder}/router.sock"), Role()
+
+    def describe(session: int) -> Register:
+        return registration("p0", session=session)
+
+    link = RouterLink(server.endpoint, "p0", None, describe, role, lambda: None)
+    task = asyncio.create_task(link.run())
+    try:
+        yield RouterEnd(server), link, role
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        server.close()
+
+
+async def test_nothing_is_dropped_while_the_counts_agree(tmp_path: Path) -> None:
+    async with linked(tmp_path) as (router, link, role):
+        link.send(FAILED)  # of no use to a router that does not know the worker
+        await router.register(session=0)
+        await router.heartbeat(num_sent=0)
+        router.say(Cancel(request_id="a"), RouterHeartbeat(num_sent=1), Cancel(request_id="b"))
+        router.say(RouterHeartbeat(num_sent=2))
+        link.send(FAILED)
+        link.send(FAILED)
+        await router.heartbeat(num_sent=2)
+        await router.heartbeat(num_sent=2)
+        assert role.got == [Cancel(request_id="a"), Cancel(request_id="b")]
+        assert role.dropped == []
+
+
+async def test_a_lost_message_of_the_router_ends_the_session(tmp_path: Path) -> None:
+    async with linked(tmp_path) as (router, link, role):
+        await router.register(session=0)
+        await router.heartbeat(num_sent=0)
+        link.send(FAILED)
+        router.say(Cancel(request_id="a"), RouterHeartbeat(num_sent=2))  # the second was lost
+        router.say(RouterHeartbeat(num_sent=2), Cancel(request_id="late"))
+        await router.register(session=1)
+        await router.heartbeat(num_sent=0)
+        assert role.dropped == ["r"]
+        router.say(RouterHeartbeat(num_sent=0), Cancel(request_id="b"))
+        router.say(RouterHeartbeat(num_sent=1))
+        await router.heartbeat(num_sent=0)
+        await router.heartbeat(num_sent=0)
+        assert role.dropped == ["r"]
+        assert role.got == [Cancel(request_id="a"), Cancel(request_id="b")]
