@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test check install clean
+.PHONY: serve test check chaos soak install clean
 
 serve: $(STAMP)
 	@exec $(BIN)/kvferry serve $(ARGS)
@@ -17,6 +17,12 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m tests.chaos.soak $(ARGS)
 
 install: $(STAMP)
 
