@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Resident:
     """Whom a sequence's tokens go to, and when it must be done."""
 
     router_id: str
     deadline: float
+    admitted: float | None = None  # when, until its first token was told
+
+    def account(self, now: float) -> dict[str, float]:
+        """Seconds from admission to the first token; later nothing."""
+        admitted, self.admitted = self.admitted, None
+        return {} if admitted is None else {"first_step": now - admitted}
 
 
 class Residents:

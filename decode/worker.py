@@ -200,8 +200,10 @@ class DecodeWorker:
 
     def _publish(self, news: list[NewToken], output: StepOutput) -> None:
         by_router: defaultdict[str, list[TokenUpdate]] = defaultdict(list)
+        now = time.monotonic()
         for new in news:
             request_id = new.sequence.request_id
+            resident = self._residents.get(request_id)
             logprobs = output.logprobs.get(request_id)
             update = TokenUpdate(
                 request_id=request_id,
@@ -209,8 +211,9 @@ class DecodeWorker:
                 token_ids=[new.token_id],
                 finish_reason=new.finish_reason,
                 logprobs=None if logprobs is None else [logprobs],
+                account=resident.account(now),
             )
-            by_router[self._residents.get(request_id).router_id].append(update)
+            by_router[resident.router_id].append(update)
             if new.finish_reason is not None:
                 self._residents.remove(request_id)
         for router_id, updates in by_router.items():
@@ -262,7 +265,7 @@ class DecodeWorker:
             case CloseReceive():
                 self._transfer.close_grant(action.grant_id)
             case Admit():
-                resident = Resident(action.router_id, action.deadline)
+                resident = Resident(action.router_id, action.deadline, time.monotonic())
                 self._residents.add(action.sequence.request_id, resident)
                 self._scheduler.add(action.sequence)
             case Abandon():

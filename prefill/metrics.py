@@ -13,7 +13,18 @@ BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30
 @dataclass(slots=True)
 class _Times:
     arrived: float
+    asked: float | None = None
+    granted: float | None = None
     started: float | None = None
+
+    def account(self, now: float) -> dict[str, float]:
+        """Where the time went from arrival to the first token: a grant counts while nothing ran."""
+        started = self.started or now
+        grant = 0.0
+        if self.asked is not None and self.granted is not None:
+            grant = max(0.0, min(self.granted, started) - self.asked)
+        queue = started - self.arrived - grant
+        return {"prefill_queue": queue, "grant": grant, "prefill": now - started}
 
 
 class PrefillMetrics:
@@ -39,6 +50,18 @@ class PrefillMetrics:
         """A request joined the queue."""
         self._times[request_id] = _Times(time.perf_counter())
 
+    def asked(self, request_id: str) -> None:
+        """Decode is asked for memory."""
+        times = self._times.get(request_id)
+        if times is not None and times.asked is None:
+            times.asked = time.perf_counter()
+
+    def granted(self, request_id: str) -> None:
+        """The prompt may be computed to its end."""
+        times = self._times.get(request_id)
+        if times is not None:
+            times.granted = time.perf_counter()
+
     def started(self, request_id: str) -> None:
         """A request is part of the step that begins now."""
         times = self._times.get(request_id)
@@ -46,11 +69,12 @@ class PrefillMetrics:
             times.started = time.perf_counter()
             self._queue.observe(times.started - times.arrived)
 
-    def first_token(self, request_id: str) -> None:
-        """A request's prompt is computed."""
-        times = self._times.pop(request_id, None)
-        if times is not None and times.started is not None:
-            self._prefill.observe(time.perf_counter() - times.started)
+    def first_token(self, request_id: str) -> dict[str, float]:
+        """A request's prompt is computed; the seconds that each part of it took, in order."""
+        times, now = self._times.pop(request_id), time.perf_counter()
+        account = times.account(now)
+        self._prefill.observe(account["prefill"])
+        return account
 
     def abandoned(self, request_id: str) -> None:
         """A request ended before its first token."""

@@ -192,6 +192,7 @@ class PrefillWorker:
     async def _steps(self) -> None:
         while True:
             for sequence in list(self._scheduler.prompts_to_offer()):
+                self._metrics.asked(sequence.request_id)
                 self._handle(Ask(sequence.request_id))
             batch = self._scheduler.schedule()
             if not batch.rows:
@@ -214,7 +215,6 @@ class PrefillWorker:
             assert lease is not None, f"{request_id} was computed without a lease"
             sequence.prompt_logprobs += output.prompt_logprobs.get(request_id, [])
             if token_id is not None:
-                self._metrics.first_token(request_id)
                 reason = sequence.finish_reason()
                 first = FirstToken(
                     request_id=request_id,
@@ -224,6 +224,7 @@ class PrefillWorker:
                     num_cached_tokens=sequence.num_cached,
                     logprobs=output.logprobs.get(request_id),
                     prompt_logprobs=sequence.all_prompt_logprobs(),
+                    account=self._metrics.first_token(request_id),
                 )
                 self._send(lease.router_id, first)
             self._handle(Computed(request_id, finished=token_id is not None))
@@ -261,6 +262,7 @@ class PrefillWorker:
                     action.destination,
                 )
             case Allow():
+                self._metrics.granted(action.request_id)
                 self._scheduler.grant(action.request_id)
             case Abandon():
                 self._metrics.abandoned(action.request_id)

@@ -178,6 +178,9 @@ class PrefillRequest(Continuation):
     decode: PeerAddress
 
 
+Account = dict[str, Annotated[float, Field(ge=0)]]  # what a worker did just before: seconds of each
+
+
 class FirstToken(Message):
     """Token ``index`` of a request's output. With a finish reason nothing is handed off."""
 
@@ -188,6 +191,7 @@ class FirstToken(Message):
     num_cached_tokens: int  # prompt tokens that prefill found in its cache
     logprobs: TokenLogprobs | None = None  # of this token, if the request asks
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # of the prompt's; the first: None
+    account: Account = {}
 
 
 class TokenUpdate(Message):
@@ -198,6 +202,7 @@ class TokenUpdate(Message):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None  # one a token, if the request asks
+    account: Account = {}  # with decode's first token only
 
 
 class Tokens(Message):

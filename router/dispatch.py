@@ -267,11 +267,18 @@ class Dispatcher:
         self._start_waiting()
 
     def _handle(self, running: Running, event: Event) -> None:
-        before, attempt_id = running.lifecycle.state, running.lifecycle.attempt_id
+        before, attempt_id, now = (
+            running.lifecycle.state,
+            running.lifecycle.attempt_id,
+            self._clock(),
+        )
+        told = FirstToken if before is RequestState.PREFILLING else TokenUpdate
+        if isinstance(event, told):
+            running.request.timeline.account(event.account, now)
         actions = running.lifecycle.handle(event)
         state, pair = running.lifecycle.state, running.pair
         if state is not before:
-            running.request.timeline.enter(STAGES[state], self._clock())
+            running.request.timeline.enter(STAGES[state], now)
         if pair is not None and state is not RequestState.PREFILLING:
             pair.prefill.end(attempt_id)
         if pair is not None and state in (RequestState.WAITING, RequestState.ENDED):
@@ -283,7 +290,7 @@ class Dispatcher:
                 assignment.begun, assignment.num_tokens = True, running.num_tokens
         if state is RequestState.ENDED:
             self._running.discard(running)
-            self._admission.leave(running, self._clock())
+            self._admission.leave(running, now)
         for action in actions:
             self._do(running, action)
 

@@ -4,6 +4,9 @@
                                                               ^
                                                          first token
 
+    prefill: to_prefill ── prefill_queue ── grant ── prefill
+    decode:  transfer ── first_step ── decode
+
 One stage follows another without a gap, so the stages up to the first token add up to the time
 to first token as the client's stream sees it. An attempt that is begun anew waits and prefills
 again. ``deliver`` is the router's own time: from a token's arrival at the router to its event.
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +30,7 @@ ROUTER_QUEUE = "router_queue"
 PREFILL = "prefill"
 DELIVER = "deliver"
 DECODE = "decode"
+UNACCOUNTED = {PREFILL: "to_prefill", DECODE: "transfer"}  # of a stage, before a worker's account
 
 
 class Stage(NamedTuple):
@@ -83,8 +88,24 @@ class Timeline:
 
     def enter(self, name: str, now: float) -> None:
         """A stage begins, which ends the one before."""
-        self._stages.append(Stage(self._stage, self._since, now - self._since))
+        if now > self._since or not self._stages:
+            self._stages.append(Stage(self._stage, self._since, now - self._since))
         self._stage, self._since = name, now
+
+    def account(self, parts: Mapping[str, float], now: float) -> None:
+        """A worker tells the latest parts of the present stage, in order and in seconds.
+
+        The two clocks share only their pace. What the parts leave of the stage came before them.
+        """
+        if not parts:
+            return
+        begun = max(self._since, now - sum(parts.values()))
+        self._stages.append(Stage(UNACCOUNTED[self._stage], self._since, begun - self._since))
+        for name, seconds in parts.items():
+            taken = min(seconds, now - begun)
+            self._stages.append(Stage(name, begun, taken))
+            begun += taken
+        self._since = now
 
     def deliver(self, count: int, now: float) -> None:
         """``count`` tokens, at least one, are ready for the client."""

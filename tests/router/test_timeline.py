@@ -50,6 +50,35 @@ def test_the_stages_add_up_to_the_time_to_first_token() -> None:
     assert timeline.longest_wait(99.0) == 5.25
 
 
+def test_a_workers_account_divides_a_stage() -> None:
+    timeline = Timeline(received=0.0)
+    timeline.enter("prefill", 1.0)
+    timeline.account({"prefill_queue": 0.5, "grant": 0.25, "prefill": 2.0}, 4.0)
+    timeline.enter("decode", 4.0)
+    timeline.deliver(1, 4.5)
+    timeline.account({"first_step": 1.0}, 7.0)
+    timeline.deliver(1, 7.0)
+    timeline.end(9.0)
+    assert timeline.stages(9.0) == [
+        Stage("tokenise", 0.0, 1.0),
+        Stage("to_prefill", 1.0, 0.25),
+        Stage("prefill_queue", 1.25, 0.5),
+        Stage("grant", 1.75, 0.25),
+        Stage("prefill", 2.0, 2.0),
+        Stage("deliver", 4.0, 0.5),
+        Stage("transfer", 4.5, 1.5),
+        Stage("first_step", 6.0, 1.0),
+        Stage("decode", 7.0, 2.0),
+    ]
+
+
+def test_an_account_of_more_than_there_was_is_cut() -> None:
+    timeline = Timeline(received=0.0)
+    timeline.enter("prefill", 1.0)
+    timeline.account({"prefill_queue": 5.0, "prefill": 5.0}, 4.0)
+    assert sum(stage.seconds for stage in timeline.stages(4.0)) == 4.0
+
+
 def test_a_first_token_that_is_delivered_after_the_last_one_came() -> None:
     timeline = Timeline(received=0.0)
     for at, stage in ((1.0, "prefill"), (2.0, "decode"), (2.5, "deliver")):
@@ -203,6 +232,8 @@ def test_what_is_older_than_a_minute_is_not_present_and_older_than_ten_is_gone()
     everything = activity.history(GOAL, -1, 90.0)
     assert everything[0]["output_tokens"] == 1.0
     assert [point["slot"] for point in activity.history(GOAL, 15, 90.0)] == [16, 17]
+    assert activity.history(GOAL, 17, 90.0) == []
+    assert activity.history(GOAL, 18, 90.0) == everything
     later = NUM_SLOTS * SLOT + 90.0
     assert len(activity.history(GOAL, 0, later)) == NUM_SLOTS - 1
     assert all(point["output_tokens"] == 0 for point in activity.history(GOAL, 0, later))
