@@ -143,10 +143,15 @@ class Activity:
         }
 
     def history(self, objective: Objective, after: int, now: float) -> list[dict[str, Any]]:
-        """One point for each full slot since the start whose number is above ``after``."""
+        """One point for each full slot whose number is above ``after``.
+
+        All of them when ``after`` is yet to come: then it is of another router, before this one.
+        """
         newest = self._slot(now).number
         known = {slot.number: slot for slot in self._slots}
-        first = max(int(self._started // SLOT), newest - NUM_SLOTS + 1, after + 1)
+        first = max(int(self._started // SLOT), newest - NUM_SLOTS + 1)
+        if after < newest:
+            first = max(first, after + 1)
         return [
             _point(known.get(number, Slot(number)), objective, newest)
             for number in range(first, newest)

@@ -57,6 +57,7 @@ async function poll() {
 function show(overview, lists) {
   lastAnswer = Date.now() / 1000;
   $("problem").hidden = true;
+  document.querySelector("main").hidden = false;
   document.body.classList.remove("stale");
   setText($("model"), overview.model);
   setStatus(overview.not_ready_reason === null, overview.not_ready_reason ?? "Serving");

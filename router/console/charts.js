@@ -57,10 +57,10 @@ export class Chart {
     const y = (value) => bottom - (bottom - MARGIN.top) * (value / top);
     const right = this.width - MARGIN.right;
     const parts = [];
-    for (let tick = 0; tick <= top; tick += step(top)) {
+    for (let tick = 0; tick <= (highest > 0 ? top : 0); tick += step(top)) {
       parts.push(
         s("line", { class: "grid", x1: MARGIN.left, x2: right, y1: y(tick), y2: y(tick) }),
-        s("text", { x: MARGIN.left - 6, y: y(tick) + 4, "text-anchor": "end" }, tick === 0 ? "0" : highest ? this.format(tick) : ""),
+        s("text", { x: MARGIN.left - 6, y: y(tick) + 4, "text-anchor": "end" }, tick === 0 ? "0" : this.format(tick)),
       );
     }
     for (const minutes of [10, 5, 0]) {
@@ -68,7 +68,7 @@ export class Chart {
       const anchor = minutes === 10 ? "start" : minutes === 0 ? "end" : "middle";
       parts.push(s("text", { x: at, y: HEIGHT - 4, "text-anchor": anchor }, minutes ? `${minutes} min ago` : "now"));
     }
-    if (limit !== null && limit <= top) {
+    if (limit !== null && highest > 0 && limit <= top) {
       parts.push(s("line", { class: "limit", x1: MARGIN.left, x2: right, y1: y(limit), y2: y(limit) }));
     }
     for (const { kind, value } of this.lines) parts.push(...this.drawLine(kind, value, y));

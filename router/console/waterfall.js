@@ -6,9 +6,14 @@ const ABOUT = {
   tokenise: "The router applied the chat template and tokenised the prompt.",
   first_sequence: "Waited until the first sequence from the same prompt had its KV in the caches.",
   router_queue: "Waited in the router: no pair of workers had room. The pools are too small for the load, or one of them is full.",
-  prefill: "On the prefill worker: its queue, computing the prompt, and waiting for room on decode. Long prompts, or too few prefill workers.",
+  to_prefill: "The request's way to the prefill worker and the first token's way back.",
+  prefill_queue: "Waited on the prefill worker for other prompts. Too few prefill workers.",
+  grant: "Waited until decode had reserved memory. The decode pool is full.",
+  prefill: "The prefill worker computed the prompt. Long prompts, or a small share of each step.",
   deliver: "In the router, between a token's arrival and its event to the client. Much of it means that the router process is busy.",
-  decode: "On the decode worker, from the first token to the last.",
+  transfer: "The last blocks of KV moved and were verified. A slow or shared wire, or a slow peer.",
+  first_step: "Decode's own first step: waited for the running one, then computed.",
+  decode: "On the decode worker, up to the last token.",
 };
 const TOKENS_HEIGHT = 60;
 
@@ -40,7 +45,8 @@ function facts(sequence) {
 function toFirstToken(sequence, stages, first, { ttft }) {
   const came = sequence.time_to_first_token !== null;
   const late = first > ttft;
-  const title = came ? "To the first token" : "No token came";
+  const without = sequence.outcome === null ? "No token yet" : "No token came";
+  const title = came ? "To the first token" : without;
   const longest = stages.reduce((a, b) => (b.seconds > a.seconds ? b : a), { seconds: 0 });
   const verdict = longest.name && h(
     "p", { class: "verdict" }, h("b", {}, `${percent(longest.seconds / first)} of it was ${label(longest.name)}. `),
