@@ -28,6 +28,14 @@ ApiKeyFile = Annotated[
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Listen for other hosts without any API key.")
 ]
+ToolCallParser = Annotated[
+    Literal["auto", "none", "hermes", "llama3_json", "mistral"],
+    typer.Option(help="How the model writes tool calls. auto: as its chat template says."),
+]
+ReasoningParser = Annotated[
+    Literal["auto", "none", "think"],
+    typer.Option(help="think: text in <think> is reasoning_content. auto: if the template has it."),
+]
 RequestTimeout = Annotated[float, typer.Option(help="Seconds a request may take.", min=1)]
 MaxNumRequests = Annotated[
     int, typer.Option(help="Requests, waiting ones included, before a 429.", min=1)

@@ -36,6 +36,8 @@ class RouterConfig:
     cluster_key_file: Path | None = None
     api_keys: tuple[str, ...] = ()
     insecure: bool = False  # let everybody in, from other hosts too
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     request_timeout: float = 600.0  # seconds
     max_num_requests: int = 1024
     max_queue_time: float = 30.0  # seconds
@@ -55,7 +57,11 @@ async def serve_router(config: RouterConfig) -> None:
             "KVFERRY_API_KEY, or let everybody in with --insecure"
         )
     key = read_cluster_key(config.cluster_key_file) if config.cluster_key_file else None
-    text = TextModel.load(resolve_checkpoint(config.model, weights=False))
+    text = TextModel.load(
+        resolve_checkpoint(config.model, weights=False),
+        config.tool_call_parser,
+        config.reasoning_parser,
+    )
     listening = listen(config.host, config.port)
     link = Server(config.control, key)
     metrics = CollectorRegistry()

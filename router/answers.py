@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 from router.logprobs import ScoredToken, chat_logprobs, completion_logprobs
 from router.output import Piece
 from router.token_bytes import TokenBytes
+from router.tool_calls import ToolCallDelta, whole_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +93,26 @@ class ChatShape:
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """New text."""
-        content = {"content": piece.text} if piece.text else {}
+        content: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.reasoning:
+            content["reasoning_content"] = piece.reasoning
+        calls = [_call_delta(call) for call in piece.tool_calls if not call.malformed]
+        if calls:
+            content["tool_calls"] = calls
         logprobs = self._logprobs(piece.scored)
         return _chat_choice(piece.index, "delta", content, logprobs, piece.finish_reason)
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         """The message."""
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        if piece.reasoning:
+            message["reasoning_content"] = piece.reasoning
+        if piece.tool_calls:
+            message["content"] = piece.text or None
+            message["tool_calls"] = [
+                {"id": _call_id(), "type": "function", "function": _function(call)}
+                for call in piece.tool_calls
+            ]
         logprobs = self._logprobs(piece.scored)
         return _chat_choice(piece.index, "message", message, logprobs, piece.finish_reason)
 
@@ -116,7 +131,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
-    """All pieces of one sequence as one."""
+    """All pieces of one sequence as one, with whole tool calls."""
     return Piece(
         index=pieces[-1].index,
         text="".join(piece.text for piece in pieces),
@@ -125,12 +140,29 @@ def joined(pieces: Sequence[Piece]) -> Piece:
         scored=[token for piece in pieces for token in piece.scored],
         total_logprob=sum(piece.total_logprob for piece in pieces),
         num_cached_tokens=pieces[0].num_cached_tokens,
+        reasoning="".join(piece.reasoning for piece in pieces),
+        tool_calls=whole_calls([call for piece in pieces for call in piece.tool_calls]),
     )
 
 
 def best(pieces: Sequence[Piece], count: int) -> list[Piece]:
     """The ``count`` whole sequences with the highest mean log probability, best first."""
     return sorted(pieces, key=lambda p: -p.total_logprob / max(len(p.token_ids), 1))[:count]
+
+
+def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
+    first = {"id": _call_id(), "type": "function"} if call.name is not None else {}
+    return {"index": call.index, **first, "function": _function(call)}
+
+
+def _function(call: ToolCallDelta) -> dict[str, Any]:
+    name = {"name": call.name} if call.name is not None else {}
+    return {**name, "arguments": call.arguments}
+
+
+def _call_id() -> str:
+    """Nine letters or digits: the only form that the chat templates of Mistral's models take."""
+    return secrets.token_hex(5)[:9]
 
 
 def _chat_choice(

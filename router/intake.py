@@ -18,11 +18,12 @@ from protocol.errors import (
 from protocol.grammar import check
 from protocol.sampling import Grammar, SamplingParams
 from router.answers import AnswerHead, ChatShape, CompletionShape
+from router.chat_message import ChatMessage
 from router.generation import GenerationRequest, Generator
 from router.output import Echo, Output
+from router.reasoning import ReasoningParser
 from router.schemas import (
     ChatBody,
-    ChatMessage,
     ChatOptions,
     CompletionBody,
     GenerationBody,
@@ -33,6 +34,8 @@ from router.stream import Choice, Job
 from router.text import TextModel
 from router.timeline import Timeline
 from router.token_bytes import TokenBytes
+from router.tool_calls import ToolCallParser
+from router.tools import call_grammar
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may fill the context
 MANY_MESSAGES = 100  # more are rendered in a thread
@@ -46,6 +49,8 @@ class Intake:
         self._text = text
         self._generator = generator
         self._token_bytes = TokenBytes(text.tokenizer)
+        form = text.tool_format
+        self._opening_token_id = None if form is None else text.special_token_id(form.opening)
 
     def check_model(self, name: str | None) -> None:
         """Raise ModelNotFoundError unless the model is served; None means whichever is."""
@@ -83,6 +88,7 @@ class Intake:
         render = partial(
             self._text.render_chat,
             [message.for_template() for message in messages],
+            tools=options.tools_for_template(),
             add_generation_prompt=options.add_generation_prompt,
             variables=options.chat_template_kwargs,
         )
@@ -107,7 +113,8 @@ class Intake:
         answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(16)}"
         names = None if body.num_logprobs is None else self._token_bytes
         self._text.check_token_ids(body.stop_token_ids, "stop_token_ids")
-        grammar = await self._grammar(body)
+        thinking = chat and any(map(self._text.is_thinking, prompts))
+        grammar = await self._grammar(body, thinking=thinking)
         choices: list[Choice] = []
         for prompt in prompts:
             max_tokens = self._max_tokens(body, prompt_field, len(prompt))
@@ -135,15 +142,18 @@ class Intake:
             return_token_ids=body.return_token_ids,
         )
 
-    async def _grammar(self, body: GenerationBody) -> Grammar | None:
+    async def _grammar(self, body: GenerationBody, *, thinking: bool) -> Grammar | None:
         """What the output must be, checked in a thread: a large schema takes its time."""
-        asked = body.grammar()
+        asked = self._call_grammar(body) or body.grammar()
         if asked is None:
             return None
         grammar, field = asked
         if body.ignore_eos:
             message = f"ignore_eos cannot be combined with {field}, whose output has an end"
             raise InvalidRequestError(message, "ignore_eos")
+        if thinking:
+            message = f"{field}: the prompt ends inside <think>, and thoughts have no such form"
+            raise InvalidRequestError(message, field)
         if not (self._text.eos_token_ids or body.stop_token_ids):
             message = f"{field} needs stop_token_ids: this model has no end-of-text token"
             raise InvalidRequestError(message, field)
@@ -152,6 +162,21 @@ class Intake:
         except InvalidRequestError as error:
             raise InvalidRequestError(f"{field}: {error}", field) from error
         return grammar
+
+    def _call_grammar(self, body: GenerationBody) -> tuple[Grammar, str] | None:
+        """What the calls that must be made look like, and the field that says so."""
+        if not isinstance(body, ChatBody) or not body.offered_tools:
+            return None
+        form = self._text.tool_format
+        if form is None:
+            message = "tools: it is not known how this model calls them: see --tool-call-parser"
+            raise InvalidRequestError(message, "tools")
+        if not body.required_tools:
+            return None
+        grammar = call_grammar(
+            form, body.required_tools, self._opening_token_id, only_one=body.only_one_call
+        )
+        return grammar, "tools"
 
     async def _echo(self, body: GenerationBody, prompt: list[int]) -> Echo | None:
         """The prompt's text, if it is to be shown; of a long one it takes a while."""
@@ -220,7 +245,15 @@ class Intake:
     def _output(
         self, body: GenerationBody, index: int, prompt: Sequence[int], echo: Echo | None
     ) -> Output:
-        detokenizer = self._text.detokenizer(prompt, skip_special_tokens=body.skip_special_tokens)
+        skip_special_tokens, tool_calls = body.skip_special_tokens, None
+        form = self._text.tool_format
+        if form is not None and isinstance(body, ChatBody) and body.offered_tools:
+            tool_calls = ToolCallParser(form, only_one=body.only_one_call)
+            skip_special_tokens &= self._opening_token_id is None
+        reasoning = None
+        if isinstance(body, ChatBody) and self._text.thinks:
+            reasoning = ReasoningParser(inside=self._text.is_thinking(prompt))
+        detokenizer = self._text.detokenizer(prompt, skip_special_tokens=skip_special_tokens)
         return Output(
             index,
             detokenizer,
@@ -229,6 +262,8 @@ class Intake:
             min_tokens=body.min_tokens,
             echo=echo,
             only_echo=body.limit == 0,
+            reasoning=reasoning,
+            tool_calls=tool_calls,
         )
 
 

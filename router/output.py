@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from router.detokenizer import Detokenizer
 from router.generation import TokenChunk
 from router.logprobs import ScoredToken
+from router.reasoning import ReasoningParser
 from router.stop_strings import StopStrings
+from router.tool_calls import ToolCallDelta, ToolCallParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,14 @@ class Piece:
     scored: list[ScoredToken] = field(default_factory=list)  # of shown tokens, if asked for
     total_logprob: float = 0.0  # of token_ids, if asked for
     num_cached_tokens: int = 0  # of the prompt; on the first piece
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)  # which are no part of the text
+    reasoning: str = ""  # which is none either
+
+    @property
+    def shows(self) -> bool:
+        """Whether there is anything in it for the client; half a character is nothing yet."""
+        shown = self.text or self.reasoning or self.tool_calls or self.scored
+        return bool(shown or self.finish_reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,8 @@ class Output:
         min_tokens: int = 0,
         echo: Echo | None = None,
         only_echo: bool = False,
+        reasoning: ReasoningParser | None = None,
+        tool_calls: ToolCallParser | None = None,
     ) -> None:
         self._index = index
         self._detokenizer = detokenizer
@@ -70,6 +82,8 @@ class Output:
         self._min_tokens = min_tokens
         self._echo = echo  # until it is shown
         self._only_echo = only_echo
+        self._reasoning = reasoning
+        self._tool_calls = tool_calls
         self._num_tokens = 0
         self._offset = len(echo.text) if echo is not None else 0
 
@@ -83,7 +97,9 @@ class Output:
             piece = replace(piece, text=echo.text + piece.text, scored=scored + piece.scored)
         if chunk.num_cached_tokens:
             piece = replace(piece, num_cached_tokens=chunk.num_cached_tokens)
-        return piece
+        if self._reasoning is not None:
+            piece = _without_reasoning(piece, self._reasoning)
+        return piece if self._tool_calls is None else _without_calls(piece, self._tool_calls)
 
     def _shown(self, chunk: TokenChunk) -> Piece:
         texts: list[str] = []
@@ -121,3 +137,25 @@ class Output:
 
     def _search(self, text: str) -> str:
         return text if self._num_tokens <= self._min_tokens else self._stops.feed(text)
+
+
+def _without_reasoning(piece: Piece, parser: ReasoningParser) -> Piece:
+    reasoning, text = parser.feed(piece.text)
+    if piece.finish_reason is not None:
+        more_reasoning, more_text = parser.end()
+        reasoning, text = reasoning + more_reasoning, text + more_text
+    return replace(piece, text=text, reasoning=reasoning)
+
+
+def _without_calls(piece: Piece, parser: ToolCallParser) -> Piece:
+    """The piece with its calls apart from its text. The only call allowed is the output's end."""
+    parsed = parser.feed(piece.text)
+    text, calls = parsed.content, parsed.calls
+    reason = piece.finish_reason
+    if parser.complete:
+        reason = "tool_calls"
+    elif reason is not None:
+        rest = parser.end()
+        text, calls = text + rest.content, calls + rest.calls
+        reason = "tool_calls" if reason == "stop" and parser.num_calls else reason
+    return replace(piece, text=text, tool_calls=calls, finish_reason=reason)

@@ -6,13 +6,15 @@ supported and would change the answer is refused by name. Types are strict: "5" 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from protocol.errors import InvalidRequestError
+from router.chat_message import ChatMessage
 from router.schema_base import Body, refuse
 from router.structured_output import StructuredOptions
+from router.tools import ToolOptions
 
 MAX_SEQUENCES = 128  # of one request: prompts times the larger of n and best_of
 MAX_LOGPROBS = 20
@@ -21,7 +23,6 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_TOKEN_IDS = 128
 
 Prompt = str | list[int]
-Content = str | list[dict[Literal["type", "text"], str]]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 # Field: the values that ask for nothing beyond what is always done.
@@ -54,11 +55,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-_UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
-    "audio": (),
-    "function_call": (),
-    "tool_calls": ([],),
-}
 
 
 def _prompts(value: object) -> list[Prompt]:
@@ -90,48 +86,10 @@ def _stops(value: object) -> list[str]:
     return stops
 
 
-def _content(value: object) -> str:
-    match value:
-        case str():
-            return value
-        case [_, *_]:
-            return "\n".join(_text_part(part) for part in value)
-        case _:
-            raise ValueError("must be a string or a list of text parts")
-
-
-def _text_part(part: object) -> str:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return text
-        case {"type": str(kind)} if kind != "text":
-            raise ValueError(f"has a part of type {kind!r}; only text is supported")
-        case _:
-            raise ValueError('must hold parts like {"type": "text", "text": "..."}')
-
-
 class StreamOptions(Body):
     """What a stream carries beside the text."""
 
     include_usage: bool = False
-
-
-class ChatMessage(Body):
-    """One turn. A content of several text parts is joined with newlines."""
-
-    role: str = Field(min_length=1)
-    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=Content)]
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def _refuse_unsupported(self) -> Self:
-        refuse(self.model_extra or {}, _UNSUPPORTED_IN_MESSAGE, "messages.")
-        return self
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it."""
-        fields = {"role": self.role, "content": self.content}
-        return fields if self.name is None else {**fields, "name": self.name}
 
 
 class GenerationBody(StructuredOptions):
@@ -233,7 +191,7 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
 
-class ChatOptions(Body):
+class ChatOptions(ToolOptions):
     """How messages become a prompt."""
 
     add_generation_prompt: bool = True
@@ -247,6 +205,14 @@ class ChatBody(ChatOptions, GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1)  # wins over max_tokens
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        asked = self.grammar()
+        if asked is not None and self.offered_tools:
+            message = f"{asked[1]} cannot be combined with tools, unless tool_choice is none"
+            raise InvalidRequestError(message, asked[1])
+        return self
 
     @model_validator(mode="after")
     def _top_of_logprobs(self) -> Self:

@@ -28,6 +28,9 @@ from router.timeline import FIRST_SEQUENCE
 
 T = TypeVar("T")
 
+# Some clients split a stream into lines as Unicode does, not as server-sent events do.
+UNICODE_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -257,8 +260,8 @@ class EventStream(Response):
             async for piece in pieces:
                 num_tokens += len(piece.token_ids)
                 num_cached += job.num_cached_tokens(piece)
-                if not (piece.text or piece.finish_reason or piece.scored or job.return_token_ids):
-                    continue  # half a character, or what may become a stop string
+                if not (piece.shows or job.return_token_ids):
+                    continue
                 delta = job.shape.delta(piece)
                 if job.return_token_ids:
                     delta["token_ids"] = piece.token_ids
@@ -279,6 +282,8 @@ class EventStream(Response):
 
 def _event(content: dict[str, Any]) -> bytes:
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():
+        text = text.translate(UNICODE_LINE_ENDS)
     return f"data: {text}\n\n".encode()
 
 

@@ -16,6 +16,8 @@ from engine.config import ModelConfig
 from protocol.errors import ConfigError, InvalidRequestError
 from router.chat_template import ChatTemplate
 from router.detokenizer import Detokenizer
+from router.reasoning import CLOSING, OPENING
+from router.tool_formats import FORMATS, ToolFormat, detect
 
 LONG_TEXT = 16_384  # characters; a longer text is tokenised in a thread
 
@@ -29,10 +31,18 @@ class TextModel:
     eos_token_ids: tuple[int, ...]
     chat_template: ChatTemplate | None
     fingerprint: str  # of the files read
+    tool_format: ToolFormat | None = None  # of the calls that it writes
+    thinks: bool = False  # before it answers
 
     @classmethod
-    def load(cls, folder: Path) -> TextModel:
-        """Read a checkpoint's JSON files. Raises ConfigError naming what is missing or wrong."""
+    def load(
+        cls, folder: Path, tool_call_parser: str = "auto", reasoning_parser: str = "auto"
+    ) -> TextModel:
+        """Read a checkpoint's JSON files. Raises ConfigError naming what is missing or wrong.
+
+        ``tool_call_parser`` is a format's name, "none", or "auto": what the chat template teaches;
+        ``reasoning_parser`` is "think", "none" or the same "auto".
+        """
         config = ModelConfig.load(folder)
         settings = _settings(folder)
         source = _template_source(folder, settings)
@@ -54,6 +64,8 @@ class TextModel:
             eos_token_ids=eos,
             chat_template=ChatTemplate(source, special_tokens) if source is not None else None,
             fingerprint=f"fp_{digest.hexdigest()}",
+            tool_format=_tool_format(tool_call_parser, source),
+            thinks=_thinks(reasoning_parser, source),
         )
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -79,15 +91,34 @@ class TextModel:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """A chat as prompt text, special tokens included. Raises InvalidRequestError."""
         if self.chat_template is None:
             raise InvalidRequestError("this model has no chat template; use /v1/completions")
+        if tools and not self.chat_template.takes_tools:
+            raise InvalidRequestError("tools: this model's chat template takes none", "tools")
         return self.chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, variables=variables
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
         )
+
+    def is_thinking(self, prompt_token_ids: Sequence[int]) -> bool:
+        """Whether the prompt ends where the model's thoughts begin."""
+        if not self.thinks:
+            return False
+        return self.decode(prompt_token_ids[-2 * len(OPENING) :]).rstrip().endswith(OPENING)
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of a special token, which decoding may skip; None if the text is none."""
+        for token_id, token in self.tokenizer.get_added_tokens_decoder().items():
+            if token.content == text and token.special:
+                return int(token_id)
+        return None
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Raise InvalidRequestError naming an id that the model does not have."""
@@ -133,6 +164,14 @@ def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
                     case {"name": "default", "template": str(source)}:
                         return source
     raise ConfigError(f"{folder}/tokenizer_config.json: chat_template holds no default template")
+
+
+def _tool_format(name: str, template: str | None) -> ToolFormat | None:
+    return detect(template or "") if name == "auto" else FORMATS.get(name)
+
+
+def _thinks(name: str, template: str | None) -> bool:
+    return CLOSING in (template or "") if name == "auto" else name == "think"
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, object]:

@@ -87,7 +87,12 @@ def test_cached_prompt_tokens_are_told(client: openai.OpenAI) -> None:
 def test_sequences_of_a_prompt_share_its_kv() -> None:
     """The others compute and move no more than what is no whole block of the prompt."""
     block_size, n, length = 16, 4, 130
-    body = {"model": "test", "prompt": list(range(100, 100 + length)), "max_tokens": 12}
+    body = {
+        "model": "test",
+        "prompt": list(range(100, 100 + length)),
+        "max_tokens": 12,
+        "ignore_eos": True,
+    }
     with Stack("demo", worker=["--block-size", str(block_size)]) as pair:
         answer = pair.client.post("/v1/completions", json={**body, "n": n})
         assert answer.status_code == 200, answer.text

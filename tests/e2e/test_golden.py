@@ -26,11 +26,11 @@ NEW = 64  # tokens generated
 LENGTHS = (1, B - 1, B, B + 1, 2 * B, 4 * B + 3, 1500)
 AT_ONCE = (*LENGTHS, *LENGTHS[:-1], 9 * B, 12 * B + 1, 20 * B)
 # Blocks. SMALL just holds the longest prompt with its output. The growing requests start with 13
-# blocks each and end with 33, more than the router expects of them: in SMALL they drive each other
+# blocks each and end with 43, more than the router expects of them: in SMALL they drive each other
 # out, however fast it goes.
 BIG, SMALL = 2000, 98
 MAX_LEN = SMALL * B
-GROWING, GROWN = (200, 200, 200, 200), 320
+GROWING, GROWN = (200, 200, 200, 200), 480
 
 PATIENT = ["--max-queue-time", "240"]  # the long prompt waits for the whole of SMALL
 

@@ -55,6 +55,15 @@ def test_completion_stream(client: openai.OpenAI, router: Router, at_once: int) 
     assert len(chunks) <= len(router.generator.script)
 
 
+def test_clients_that_split_lines_as_unicode_does_read_a_stream(router: Router) -> None:
+    text = "one\x85two\u2028three\u2029four"
+    router.say(text)
+    body = {"model": "test", "prompt": "Say hello", "stream": True}
+    lines = router.post("/v1/completions", json=body).text.splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line][:-1]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+
+
 def test_chat(client: openai.OpenAI, router: Router) -> None:
     router.say(HELLO)
     answer = client.chat.completions.create(model="test", messages=QUESTION)

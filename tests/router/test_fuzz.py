@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import schemathesis
@@ -16,8 +17,10 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from router.api_keys import ApiKeys
+from router.chat_template import ChatTemplate
 from router.openapi import description
 from router.text import TextModel
+from router.tool_formats import FORMATS
 from tests.router.conftest import PATIENCE, Router, routers
 
 KEY = {"Authorization": "Bearer key"}
@@ -30,7 +33,9 @@ PROFILE = settings(deadline=None, derandomize=True, suppress_health_check=list(H
 
 @pytest.fixture(scope="module")
 def fuzzed(text: TextModel) -> Iterator[Router]:
-    with routers(text) as start:
+    template = ChatTemplate("{{ messages | tojson }}{{ tools | tojson }}", {})
+    model = replace(text, chat_template=template, tool_format=FORMATS["hermes"], thinks=True)
+    with routers(model) as start:
         router = start(api_keys=ApiKeys(["key"]))
         router.say("A short answer.")
         yield router
@@ -49,7 +54,7 @@ def test_any_request_gets_a_well_formed_answer(
     operation = api[path][method]
     statuses: set[int] = set()
 
-    @settings(PROFILE, max_examples=80 if method == "post" else 10)
+    @settings(PROFILE, max_examples=200 if method == "post" else 10)
     @given(st.one_of([operation.as_strategy(generation_mode=mode) for mode in MODES]))
     def fuzz(case: schemathesis.Case) -> None:
         checks = [not_a_server_error, content_type_conformance, response_schema_conformance]
