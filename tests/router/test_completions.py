@@ -59,8 +59,10 @@ def test_clients_that_split_lines_as_unicode_does_read_a_stream(router: Router) 
     text = "one\x85two\u2028three\u2029four"
     router.say(text)
     body = {"model": "test", "prompt": "Say hello", "stream": True}
-    lines = router.post("/v1/completions", json=body).text.splitlines()
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line][:-1]
+    lines = router.post("/v1/completions", **body).text.splitlines()
+    *events, done = [line.removeprefix("data: ") for line in lines if line]
+    assert done == "[DONE]"
+    chunks = [json.loads(event) for event in events]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
 
 
