@@ -10,7 +10,7 @@ serve: $(STAMP)
 	@exec $(BIN)/kvferry serve $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

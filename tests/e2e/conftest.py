@@ -9,6 +9,13 @@ import pytest
 from tests.stack import Stack
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of them one after the other: each starts processes enough for two cores."""
+    for item in items:
+        if "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("e2e"))
+
+
 @pytest.fixture(scope="package")
 def demo() -> Iterator[Stack]:
     """Two workers in each pool, which is what load balancing and cancels have to cope with."""

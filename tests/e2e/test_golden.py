@@ -30,7 +30,7 @@ AT_ONCE = (*LENGTHS, *LENGTHS[:-1], 9 * B, 12 * B + 1, 20 * B)
 # out, however fast it goes.
 BIG, SMALL = 2000, 98
 MAX_LEN = SMALL * B
-GROWING, GROWN = (200, 200, 200, 200), 480
+GROWING, GROWN = (200, 200, 200), 480
 
 PATIENT = ["--max-queue-time", "240"]  # the long prompt waits for the whole of SMALL
 
