@@ -15,6 +15,7 @@ from tests.stack import free_port
         (f"http://127.0.0.1:{free_port()}", 1, "Connection refused"),
         ("file:///etc/passwd", 2, "no http address"),
     ],
+    ids=["nobody", "no HTTP"],
 )
 def test_drain_says_what_is_wrong_with_the_url(url: str, status: int, words: str) -> None:
     answer = CliRunner().invoke(app, ["pools", "drain", "p", "--url", url])
