@@ -33,7 +33,7 @@ SHORT = {"model": "test", "prompt": [1, 2], "max_tokens": 3, "ignore_eos": True}
 ARGUMENTS = {
     "prefill-0": ("--max-num-batched-tokens", "16"),
     "prefill-1": ("--max-num-batched-tokens", "16"),
-    "decode-0": ("--drain-timeout", "0.5"),
+    "decode-0": ("--drain-timeout", "0.1"),
     "decode-1": (),
 }
 LONG = {"prompt": [i % 250 for i in range(1800)], "max_tokens": 40}
