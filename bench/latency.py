@@ -51,6 +51,7 @@ def main(
     port = free_port()
     started = time.perf_counter()
     command = [sys.executable, "-m", "cli.main", "serve", "--port", str(port), "--model", model]
+    command += ["--disaggregation", "always"]  # what is measured is the hand-off
     serve = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"

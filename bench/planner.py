@@ -7,6 +7,7 @@
     python -m bench.planner policies TRACE --rate 2
     python -m bench.planner ratios TRACE [TRACE ...] --slo-ttft 1000 --slo-tpot 10
     python -m bench.planner crossover --profile a100-opt-13b --gpus 2
+    python -m bench.planner autopilot TRACE --slo-ttft 2000 --slo-tpot 100 --rate 3 --rate 4
 
 ``published`` wants the folder of tables that came with DistServe's and splitwise-sim's
 repositories; traces are Mooncake's and Azure's.
@@ -29,6 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.block_pool import BlockPool
+from planner.autopilot import predictor
+from planner.autopilot_terms import Limits, Pools
+from planner.elastic import ElasticRoute
 from planner.goodput import Candidate
 from planner.job import Job, block_names, new_job
 from planner.latency import DecodeFit, LinearLatency, PrefillFit, interpolate
@@ -247,6 +251,39 @@ def crossover(
         ratio = pools.goodput / colocated.goodput if colocated.goodput else float("inf")
         rates = (f"{option.placement}: {option.goodput:.2f}/s" for option in options)
         table.add_row(f"{slo.ttft * 1e3:g}", f"{slo.tpot * 1e3:g}", f"{ratio:.2f}", *rates)
+    Console(width=120).print(table)
+
+
+@app.command()
+def autopilot(
+    trace: TraceFile,
+    rate: Annotated[list[float], typer.Option(help="Requests a second, the trace's mean.")],
+    slo_ttft: Annotated[float, typer.Option(help="Milliseconds.")] = 2000,
+    slo_tpot: Annotated[float, typer.Option(help="Milliseconds.")] = 100,
+    gpus: int = 4,
+    requests: int = 10_000,
+    profile: Profile = "a100-opt-13b",
+) -> None:
+    """Requests within the SLO: of each static ratio, and of the autopilot begun at each of them."""
+    slo, worker = Slo(slo_ttft / 1e3, slo_tpot / 1e3), WorkerProfile.load(profile)
+    workload = read_trace(trace, requests)
+    ratios = [Placement(prefill=p, decode=gpus - p) for p in range(1, gpus)]
+    columns = [f"{p.prefill}P{p.decode}D" for p in ratios]
+    table = Table("requests/s", "", *columns, title="share within the SLO (changes of the pools)")
+    for at in rate:
+        static, piloted = [], []
+        for placement in ratios:
+            outcome = simulate(at_rate(workload, at), placement, worker)
+            static.append(f"{outcome.attainment(slo):.2%}")
+            pools = Pools(placement.prefill, placement.decode)
+            route = ElasticRoute(pools, worker, Limits(slo), predictor(worker, placement, slo))
+            arrivals = at_rate(workload, at)
+            outcome = simulate(
+                arrivals, placement, worker, route=lambda *_, it=route: it, elastic=True
+            )
+            piloted.append(f"{outcome.attainment(slo):.2%} ({len(route.decisions)})")
+        table.add_row(f"{at:g}", "static", *static)
+        table.add_row("", "autopilot", *piloted)
     Console(width=120).print(table)
 
 

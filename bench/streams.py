@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 PATIENCE = 300.0  # seconds for all streams
+
+
+def once(_: bytes) -> int:
+    """An event's time is noted once."""
+    return 1
 
 
 async def stream_all(url: str, bodies: Sequence[dict[str, Any]]) -> list[list[float]]:
@@ -26,10 +31,13 @@ async def stream_all(url: str, bodies: Sequence[dict[str, Any]]) -> list[list[fl
     return [arrivals for _, arrivals in answers]
 
 
-async def stream(url: str, body: dict[str, Any]) -> tuple[int, list[float]]:
+async def stream(
+    url: str, body: dict[str, Any], times: Callable[[bytes], int] = once
+) -> tuple[int, list[float]]:
     """Send one request; the answer's status and the times of its events.
 
-    An event that tells of an error makes the status 500.
+    ``times`` says how often an event's time is noted. An event that tells of an error makes the
+    status 500.
     """
     where = urlsplit(url)
     content = json.dumps(body).encode()
@@ -41,10 +49,10 @@ async def stream(url: str, body: dict[str, Any]) -> tuple[int, list[float]]:
             + content
         )
         status = int((await reader.readline()).split()[1])
-        arrivals = []
+        arrivals: list[float] = []
         while line := await reader.readline():
             if line.startswith(b"data: {"):
-                arrivals.append(time.perf_counter())
+                arrivals += [time.perf_counter()] * times(line)
             if line.startswith(b'data: {"error"'):
                 status = 500
         return status, arrivals

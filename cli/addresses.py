@@ -15,15 +15,17 @@ class WorkerAddresses:
     """Where a worker's peers find it."""
 
     host: str  # of the data plane and the metrics
-    control: str  # ZMQ endpoint to bind; a TCP port is chosen at bind time
+    control: str  # ZMQ endpoint to bind; without a port, one is chosen at bind time
 
 
-def worker_addresses(router: str, host: str | None, worker_id: str) -> WorkerAddresses:
+def worker_addresses(
+    router: str, host: str | None, worker_id: str, control_port: int = 0
+) -> WorkerAddresses:
     """Derive a worker's addresses from its router's endpoint.
 
     Beside a router on a Unix socket the worker stays on this host. Otherwise it listens on
-    ``host``, by default the address from which the router is reached. Raises ConfigError when
-    nobody else could connect to that address.
+    ``host``, by default the address from which the router is reached, at ``control_port``, or any
+    free one if that is 0. Raises ConfigError when nobody else could connect to that address.
     """
     url = urlsplit(router)
     if url.scheme == "ipc":
@@ -38,7 +40,7 @@ def worker_addresses(router: str, host: str | None, worker_id: str) -> WorkerAdd
         raise ConfigError(f"--host {host}: {error}") from error
     if resolved.is_unspecified:
         raise ConfigError(f"--host {host}: peers cannot connect to it; give this host's address")
-    return WorkerAddresses(host, f"tcp://{host}:*")
+    return WorkerAddresses(host, f"tcp://{host}:{control_port or '*'}")
 
 
 def is_local(endpoint: str) -> bool:

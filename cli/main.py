@@ -16,13 +16,14 @@ import zmq.asyncio
 from prometheus_client import disable_created_metrics
 from rich.console import Console
 
-from cli import bench, plan, pools, profile
+from cli import advise, autopilot, bench, plan, pools, profile
 from cli.options import (
     ApiKey,
     ApiKeyFile,
     BlockSize,
     ClusterKey,
     Device,
+    Disaggregation,
     DrainTimeout,
     Dtype,
     EnforceEager,
@@ -31,6 +32,10 @@ from cli.options import (
     Host,
     Insecure,
     KVCacheMemory,
+    KVDiskDir,
+    KVDiskSize,
+    KVHostSize,
+    LocalPrefillTokens,
     MaxBatchedTokens,
     MaxModelLen,
     MaxNumRequests,
@@ -40,6 +45,7 @@ from cli.options import (
     Model,
     NumKVBlocks,
     Pin,
+    Policy,
     Port,
     Profile,
     ProfileSteps,
@@ -52,6 +58,7 @@ from cli.options import (
     ToolCallParser,
     Transport,
 )
+from cli.sizes import parse_size
 from protocol.errors import ConfigError, KvferryError
 from protocol.messages import Role
 
@@ -68,13 +75,17 @@ app = typer.Typer(
 app.add_typer(pools.app, name="pools")
 app.add_typer(bench.app, name="bench")
 app.command()(plan.plan)
+app.command()(advise.advise)
+app.command()(autopilot.autopilot)
 app.command()(profile.profile)
 
 
 @app.command()
 def serve(
     model: Model = "demo",
-    prefill: Annotated[int, typer.Option(help="Prefill workers.", min=1)] = 1,
+    prefill: Annotated[
+        int, typer.Option(help="Prefill workers; 0: decode workers compute prompts too.", min=0)
+    ] = 1,
     decode: Annotated[int, typer.Option(help="Decode workers.", min=1)] = 1,
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -88,6 +99,9 @@ def serve(
     max_num_requests: MaxNumRequests = 1024,
     max_queue_time: MaxQueueTime = 30.0,
     max_retries: MaxRetries = 3,
+    disaggregation: Disaggregation = "auto",
+    local_prefill_tokens: LocalPrefillTokens = None,
+    policy: Policy = "prefix-aware",
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
@@ -96,6 +110,9 @@ def serve(
     block_size: BlockSize = None,
     num_kv_blocks: NumKVBlocks = None,
     kv_cache_memory: KVCacheMemory = 1.0,
+    kv_host_size: KVHostSize = None,
+    kv_disk_dir: KVDiskDir = None,
+    kv_disk_size: KVDiskSize = "10GiB",
     gpu_memory_utilization: GpuUtilization = 0.9,
     max_num_batched_tokens: MaxBatchedTokens = 512,
     max_num_seqs: MaxNumSeqs = 64,
@@ -121,6 +138,7 @@ def serve(
         host=host,
         port=port,
         api_key=keys[0] if keys else None,
+        disaggregation=disaggregation,
         threads_per_worker=threads_per_worker,
         pin=pin,
         router_args=_arguments(
@@ -129,6 +147,9 @@ def serve(
             max_num_requests=max_num_requests,
             max_queue_time=max_queue_time,
             max_retries=max_retries,
+            disaggregation=disaggregation,
+            local_prefill_tokens=local_prefill_tokens,
+            policy=policy,
             insecure=insecure,
             tool_call_parser=tool_call_parser,
             reasoning_parser=reasoning_parser,
@@ -152,6 +173,10 @@ def serve(
             profile=profile,
             profile_steps=profile_steps,
         ),
+        tier_args=_arguments(
+            kv_host_size=kv_host_size, kv_disk_size=kv_disk_size if kv_disk_dir else None
+        ),
+        kv_disk_dir=kv_disk_dir,
     )
     _run(serve(config, Console()))
 
@@ -174,6 +199,9 @@ def router(
     max_num_requests: MaxNumRequests = 1024,
     max_queue_time: MaxQueueTime = 30.0,
     max_retries: MaxRetries = 3,
+    disaggregation: Disaggregation = "auto",
+    local_prefill_tokens: LocalPrefillTokens = None,
+    policy: Policy = "prefix-aware",
     cluster_key_file: ClusterKey = None,
 ) -> None:
     """Run the router alone. Needs the model's tokenizer, not its weights."""
@@ -194,6 +222,9 @@ def router(
         max_num_requests=max_num_requests,
         max_queue_time=max_queue_time,
         max_retries=max_retries,
+        disaggregation=disaggregation,
+        local_prefill_tokens=local_prefill_tokens,
+        policy=policy,
     )
     _run(serve_router(config))
 
@@ -209,6 +240,12 @@ def worker(
     host: Annotated[
         str | None, typer.Option(help="This host's address for other workers. Default: found.")
     ] = None,
+    control_port: Annotated[
+        int, typer.Option(help="TCP port for other workers' messages; 0: any.", min=0, max=65535)
+    ] = 0,
+    data_port: Annotated[
+        int, typer.Option(help="Port for other workers' KV; 0: any free one.", min=0, max=65535)
+    ] = 0,
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0: any free one.")] = 0,
     cluster_key_file: ClusterKey = None,
     device: Device = "auto",
@@ -219,6 +256,9 @@ def worker(
     block_size: BlockSize = None,
     num_kv_blocks: NumKVBlocks = None,
     kv_cache_memory: KVCacheMemory = 1.0,
+    kv_host_size: KVHostSize = None,
+    kv_disk_dir: KVDiskDir = None,
+    kv_disk_size: KVDiskSize = "10GiB",
     gpu_memory_utilization: GpuUtilization = 0.9,
     max_num_batched_tokens: MaxBatchedTokens = 512,
     max_num_seqs: MaxNumSeqs = 64,
@@ -232,6 +272,7 @@ def worker(
     """Run one worker of either pool."""
     from cli.worker import WorkerConfig, serve_worker
     from engine.engine import EngineConfig
+    from engine.tiers.config import TierConfig
 
     name = worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
     config = WorkerConfig(
@@ -239,11 +280,18 @@ def worker(
         routers=tuple(router),
         worker_id=name,
         host=host,
+        control_port=control_port,
+        data_port=data_port,
         metrics_port=metrics_port,
         cluster_key_file=cluster_key_file,
         transport=transport,
         require_transport=require_transport,
         drain_timeout=drain_timeout,
+        tiers=TierConfig(
+            host_bytes=parse_size(kv_host_size) if kv_host_size else 0,
+            disk_dir=kv_disk_dir,
+            disk_bytes=parse_size(kv_disk_size),
+        ),
         engine=EngineConfig(
             model=_checkpoint(model),
             device=device,

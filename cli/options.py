@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from cli.sizes import checked_size
+
 Model = Annotated[
     str, typer.Option(help="A local directory, a hub id, or demo: the bundled model.")
 ]
@@ -48,6 +50,24 @@ MaxRetries = Annotated[
     int,
     typer.Option(help="Failures after which a request goes on elsewhere; the next ends it.", min=0),
 ]
+Disaggregation = Annotated[
+    Literal["auto", "always", "never"],
+    typer.Option(
+        help="Prompts go to prefill workers: always, never (decode workers compute them), or auto: "
+        "all but short ones, and as long as there are prefill workers."
+    ),
+]
+LocalPrefillTokens = Annotated[
+    int | None,
+    typer.Option(help="Longest prompt that auto calls short. Default: as measured.", min=0),
+]
+Policy = Annotated[
+    Literal["prefix-aware", "least-loaded", "power-of-two", "round-robin"],
+    typer.Option(
+        help="How workers are chosen. prefix-aware: by what they have cached, as far as their load "
+        "allows."
+    ),
+]
 DrainTimeout = Annotated[
     float,
     typer.Option(help="Seconds that a leaving worker takes to end its work; 0: none.", min=0),
@@ -76,6 +96,23 @@ NumKVBlocks = Annotated[
     int | None, typer.Option(help="KV blocks of a worker; overrides the memory options.")
 ]
 KVCacheMemory = Annotated[float, typer.Option(help="KV memory of a CPU worker, in GiB.")]
+KVHostSize = Annotated[
+    str | None,
+    typer.Option(
+        callback=checked_size,
+        help="Host memory in which a GPU worker keeps evicted blocks, as 64GiB.",
+    ),
+]
+KVDiskDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory where a worker keeps evicted blocks; they outlive it. "
+        "kvferry serve gives each worker that computes prompts a folder in it.",
+    ),
+]
+KVDiskSize = Annotated[
+    str, typer.Option(callback=checked_size, help="What one worker may use of it, as 10GiB.")
+]
 GpuUtilization = Annotated[
     float, typer.Option("--gpu-memory-utilization", help="Share of a GPU's memory to use.")
 ]

@@ -69,9 +69,9 @@ def plan(
         sys.stderr.write(f"error: {error}\n")
         raise typer.Exit(1) from error
     if as_json:
-        sys.stdout.write(json.dumps(_record(found), indent=1) + "\n")
+        sys.stdout.write(json.dumps(record(found), indent=1) + "\n")
     else:
-        _show(found)
+        show(found)
 
 
 def _workload(
@@ -94,15 +94,16 @@ def _workload(
     return list(drawn)
 
 
-def _record(plan: Plan) -> dict[str, object]:
+def record(plan: Plan) -> dict[str, object]:
     """The plan as JSON: seconds, requests a second."""
-    record = asdict(plan)
-    for cell, entry in zip(plan.slo_map, record["slo_map"], strict=True):
+    fields = asdict(plan)
+    for cell, entry in zip(plan.slo_map, fields["slo_map"], strict=True):
         entry["ratio"] = cell.ratio
-    return {"answer": plan.answer(), "disaggregate": plan.disaggregate, **record}
+    return {"answer": plan.answer(), "disaggregate": plan.disaggregate, **fields}
 
 
-def _show(plan: Plan) -> None:
+def show(plan: Plan) -> None:
+    """The plan in words and tables."""
     console = Console(width=max(Console().width, TABLE_WIDTH))
     console.print(plan.answer(), style="bold", highlight=False)
     if plan.checked is not None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import urllib.error
+import time
 import urllib.parse
-import urllib.request
-from typing import Annotated, Any
+from collections.abc import Iterable
+from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
+from cli.admin_client import ask
 from cli.options import ApiKey
+from protocol.messages import Role
 
-TIMEOUT = 10.0  # seconds
+POLL = 0.2  # seconds
 
 app = typer.Typer(no_args_is_help=True, help="Operate the pools of a running router.")
 
 Url = Annotated[str, typer.Option(help="The router's HTTP address.")]
+Worker = Annotated[str, typer.Argument(help="The worker's id, as GET /admin/workers shows it.")]
+Size = Annotated[int, typer.Option(help="Workers that are to serve in this pool.", min=1)]
 
 
 @app.callback()
@@ -27,28 +33,90 @@ def pools() -> None:
 
 @app.command()
 def drain(
-    worker: Annotated[str, typer.Argument(help="The worker's id, as GET /admin/workers shows it.")],
+    worker: Worker,
     url: Url = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
 ) -> None:
     """Let a worker end its work and leave; what it cannot end in time goes on elsewhere."""
-    path = f"/admin/workers/{urllib.parse.quote(worker, safe='')}/drain"
-    row = _post(url, path, api_key[0] if api_key else None)
+    row = _Admin(url, api_key).post(f"workers/{_quoted(worker)}/drain")
     sys.stdout.write(f"{row['id']} is leaving with {row['requests']} requests\n")
 
 
-def _post(url: str, path: str, api_key: str | None) -> Any:
-    """The JSON of the answer. Ends the command with the router's error, or the network's."""
-    if not url.startswith(("http://", "https://")):
-        raise typer.BadParameter(f"{url!r} is no http address", param_hint="--url")
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    request = urllib.request.Request(url + path, b"", headers, method="POST")  # noqa: S310
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:  # noqa: S310
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        reason = json.load(error)["error"]["message"]
-    except urllib.error.URLError as error:
-        reason = f"{url}: {error.reason}"
+@app.command()
+def flip(
+    worker: Worker,
+    role: Annotated[Role, typer.Argument(help="The pool it is to serve in.")],
+    url: Url = "http://127.0.0.1:8000",
+    api_key: ApiKey = None,
+) -> None:
+    """Let a worker end its work and serve in the other pool, with the weights and KV it has."""
+    admin = _Admin(url, api_key)
+    admin.post(f"workers/{_quoted(worker)}/role", {"role": role})
+    _watch(admin)
+
+
+@app.command("set")
+def resize(
+    prefill: Size,
+    decode: Size,
+    url: Url = "http://127.0.0.1:8000",
+    api_key: ApiKey = None,
+) -> None:
+    """Let as many workers as it takes change their pool, one after the other."""
+    admin = _Admin(url, api_key)
+    admin.post("pools", {"prefill": prefill, "decode": decode})
+    _watch(admin)
+
+
+class _Admin:
+    """``/admin`` of one router."""
+
+    def __init__(self, url: str, api_keys: list[str] | None) -> None:
+        self._url = url
+        self._api_key = api_keys[0] if api_keys else None
+
+    def get(self, path: str) -> Any:
+        return ask(self._url, f"/admin/{path}", self._api_key)
+
+    def post(self, path: str, body: object = None) -> Any:
+        return ask(self._url, f"/admin/{path}", self._api_key, method="POST", body=body)
+
+
+def _watch(admin: _Admin) -> None:
+    """Show the change under way until its end. An end before its aim ends the command with 1."""
+    console = Console()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            pools = admin.get("pools")
+            change = pools["change"]
+            if change is None:  # the router has been restarted
+                _fail("the router has forgotten the change; a worker that was asked goes on")
+            if change["state"] != "running":
+                break
+            live.update(_table(admin.get("workers")["workers"]), refresh=True)
+            time.sleep(POLL)
+    for step in change["flips"]:
+        if step["state"] == "done":
+            sys.stdout.write(f"{step['worker']} is {step['role']} after {step['seconds']:.1f} s\n")
+    sys.stdout.write(f"{pools['prefill']} prefill and {pools['decode']} decode workers serve\n")
+    if change["state"] == "failed":
+        _fail(change["reason"])
+
+
+def _table(workers: Iterable[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("worker", "role", "state", "next role", "requests"):
+        table.add_column(heading)
+    for row in workers:
+        requests = str(row["requests"])
+        table.add_row(row["id"], row["role"], row["state"], row["next_role"] or "", requests)
+    return table
+
+
+def _quoted(worker: str) -> str:
+    return urllib.parse.quote(worker, safe="")
+
+
+def _fail(reason: str) -> NoReturn:
     sys.stderr.write(f"error: {reason}\n")
     raise typer.Exit(1)

@@ -14,13 +14,16 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from cli.addresses import is_local, is_loopback
+from cli.what_if import Simulation
 from engine.checkpoint import resolve_checkpoint
 from protocol.errors import ConfigError
 from protocol.link import Server, read_cluster_key
 from router.api_keys import ApiKeys
 from router.app import RouterSettings, create_app
+from router.disaggregation import Disaggregation, Mode
 from router.dispatch import Dispatcher
 from router.http_protocol import BoundedHttpProtocol
+from router.policy import PolicyName
 from router.text import TextModel
 
 
@@ -42,6 +45,9 @@ class RouterConfig:
     max_num_requests: int = 1024
     max_queue_time: float = 30.0  # seconds
     max_retries: int = 3
+    disaggregation: Mode = "auto"
+    local_prefill_tokens: int | None = None  # None: as measured
+    policy: PolicyName = "prefix-aware"
 
 
 async def serve_router(config: RouterConfig) -> None:
@@ -62,6 +68,9 @@ async def serve_router(config: RouterConfig) -> None:
         config.tool_call_parser,
         config.reasoning_parser,
     )
+    disaggregation = Disaggregation(
+        config.disaggregation, config.local_prefill_tokens, config.policy
+    )
     listening = listen(config.host, config.port)
     link = Server(config.control, key)
     metrics = CollectorRegistry()
@@ -72,12 +81,14 @@ async def serve_router(config: RouterConfig) -> None:
         max_num_requests=config.max_num_requests,
         max_queue_time=config.max_queue_time,
         max_retries=config.max_retries,
+        disaggregation=disaggregation,
     )
     settings = RouterSettings(
         served_model_name=config.served_model_name or config.model,
         api_keys=ApiKeys(config.api_keys),
     )
-    app = create_app(settings, text, dispatcher, metrics)
+    simulation = Simulation()
+    app = create_app(settings, text, dispatcher, metrics, simulation.predict)
     server = _Server(
         uvicorn.Config(
             app,
@@ -100,6 +111,7 @@ async def serve_router(config: RouterConfig) -> None:
     finally:
         events.cancel()
         link.close()
+        await simulation.close()
 
 
 class _Server(uvicorn.Server):

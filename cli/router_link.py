@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from engine.cache_feed import CacheFeed
 from protocol.errors import ConfigError
 from protocol.link import Client
 from protocol.messages import (
+    ChangeRole,
     Drain,
     Heartbeat,
     Leaving,
@@ -20,7 +22,9 @@ from protocol.messages import (
     RegisterAgain,
     Registered,
     RegistrationRefused,
+    Role,
     RouterHeartbeat,
+    SendCache,
 )
 
 log = logging.getLogger(__name__)
@@ -39,9 +43,14 @@ class WorkerRole(Protocol):
     def drop_router(self, router_id: str) -> None:
         """Drop everything that a router asked for."""
 
+    def change(self, asked: ChangeRole) -> None:
+        """Take another role."""
+
 
 class RouterLink:
     """``registration(session)`` describes the worker now; ``role`` gets all that is for it.
+
+    ``feed`` knows what the router is still to be told of the worker's cache.
 
     The work of a router is dropped when the router says that it has given it up, when
     nothing is heard of the router for ``SILENCE``, and when one of its messages is missing.
@@ -55,12 +64,14 @@ class RouterLink:
         registration: Callable[[int], Register],
         role: WorkerRole,
         on_drain: Callable[[], None],
+        feed: CacheFeed,
     ) -> None:
         self.router_id: str | None = None  # known while registered
         self._client = Client(endpoint, identity, cluster_key)
         self._registration = registration
         self._role = role
         self._on_drain = on_drain
+        self._feed = feed
         self._session = 0
         self._num_sent = 0  # messages about requests in this session
         self._num_received = 0
@@ -75,10 +86,21 @@ class RouterLink:
             self._num_sent += 1
             self._client.send(message)
 
-    def leave(self) -> None:
-        """Tell the router that the worker takes no new work."""
+    def leave(self, next_role: Role | None = None) -> None:
+        """Tell the router that the worker takes no new work, until it is back in ``next_role``."""
         self._leaving = True
-        self._client.send(Leaving())
+        self._client.send(Leaving(next_role=next_role))
+
+    def end_role(self, next_role: Role) -> None:
+        """Give up what is left of the router's work: it goes on elsewhere."""
+        if self.router_id is not None:
+            self._client.send(Left(next_role=next_role))
+            self._role.drop_router(self.router_id)
+
+    def register_anew(self) -> None:
+        """Begin a session in another role."""
+        self._leaving = False
+        self._begin_session()
 
     async def run(self) -> None:
         """Serve until cancelled; then tell the router that the worker is gone.
@@ -103,6 +125,9 @@ class RouterLink:
                 heartbeat = Heartbeat(
                     epoch=registration.epoch, load=registration.load, num_sent=self._num_sent
                 )
+                changes = self._feed.take()
+                if changes is not None:
+                    self._client.send(changes)
                 self._client.send(heartbeat)
             elif not self._leaving:
                 self._client.send(registration)
@@ -115,6 +140,7 @@ class RouterLink:
             match message:
                 case Registered():
                     self._refused = None
+                    self._feed.restart()
                     self.router_id, self._interval = message.router_id, message.heartbeat_interval
                     log.info(
                         "registered with router %s at %s", self.router_id, self._client.endpoint
@@ -123,6 +149,10 @@ class RouterLink:
                     self._check_refusal(message.reason)
                 case RegisterAgain():
                     self._lose_router()
+                case ChangeRole():
+                    self._role.change(message)
+                case SendCache():
+                    self._feed.restart()
                 case Drain():
                     self._on_drain()
                 case RouterHeartbeat():
@@ -136,6 +166,9 @@ class RouterLink:
         if self.router_id is None:
             return
         self._role.drop_router(self.router_id)
+        self._begin_session()
+
+    def _begin_session(self) -> None:
         self.router_id = None
         self._session += 1
         self._num_sent = self._num_received = 0

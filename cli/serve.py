@@ -40,7 +40,7 @@ START_TIMEOUT = 600.0  # seconds; loading a large model from a slow disk takes a
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """The local deployment. ``router_args`` and ``worker_args`` are passed on as they are."""
+    """The local deployment. What ends in ``_args`` is passed on as it is."""
 
     model: str
     num_prefill: int
@@ -48,10 +48,13 @@ class ServeConfig:
     host: str
     port: int
     api_key: str | None
+    disaggregation: str = "auto"
     threads_per_worker: int | None = None  # None: the worker's share of the cores
     pin: bool | None = None  # to its share; None: where that has more than one core
     router_args: Sequence[str] = ()
     worker_args: Sequence[str] = ()
+    tier_args: Sequence[str] = ()  # of workers that compute prompts
+    kv_disk_dir: Path | None = None  # of which each of them gets a folder
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +79,7 @@ class Child:
 
 async def serve(config: ServeConfig, console: Console) -> None:
     """Run until SIGINT or SIGTERM. Raises ConfigError when a process ends before all serve."""
+    _check(config)
     directory = Path(tempfile.mkdtemp(prefix="kvferry-"))
     children: list[Child] = []
     stop = asyncio.Event()
@@ -105,6 +109,14 @@ async def serve(config: ServeConfig, console: Console) -> None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
+def _check(config: ServeConfig) -> None:
+    """Raise ConfigError where a worker, or an option about it, would be of no use."""
+    if config.num_prefill == 0 and config.disaggregation == "always":
+        raise ConfigError("--disaggregation always needs prefill workers: --prefill is 0")
+    if config.num_prefill > 0 and config.disaggregation == "never":
+        raise ConfigError("--disaggregation never leaves prefill workers idle: give --prefill 0")
+
+
 def _commands(config: ServeConfig, control: str) -> list[tuple[str, list[str]]]:
     router = ["router", "--model", config.model, "--control", control]
     router += ["--host", config.host, "--port", str(config.port), *config.router_args]
@@ -113,7 +125,12 @@ def _commands(config: ServeConfig, control: str) -> list[tuple[str, list[str]]]:
         for index in range(count):
             name = f"{role}-{index}"
             worker = ["worker", "--model", config.model, "--role", role, "--router", control]
-            commands.append((name, [*worker, "--worker-id", name, *config.worker_args]))
+            worker += ["--worker-id", name, *config.worker_args]
+            if role == "prefill" or config.num_prefill == 0:
+                worker += config.tier_args
+                if config.kv_disk_dir is not None:
+                    worker += ["--kv-disk-dir", str(config.kv_disk_dir / name)]
+            commands.append((name, worker))
     return commands
 
 
@@ -246,11 +263,13 @@ def _print_state(config: ServeConfig, children: list[Child], console: Console) -
     body = json.dumps({"model": model, "stream": True, "messages": [question]})
     url = f"http://{_reachable(config.host)}:{config.port}"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key else ""
-    console.print(f"Serving {model} on {url}. Try:\n")
+    how = "" if config.num_prefill else ", colocated: decode workers compute prompts themselves"
+    console.print(f"Serving {model} on {url}{how}. Try:\n")
     command = (
         f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
     )
     console.print(command + "\n", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Both pools, latency and slow requests: {url}/console\n", soft_wrap=True)
 
 
 def _threads(placement: Placement | None) -> str:

@@ -16,14 +16,20 @@ from typing import Any, Literal
 from prometheus_client import CollectorRegistry
 
 from cli.addresses import is_local, is_loopback, worker_addresses
+from cli.role_runner import RoleRunner
 from cli.router_link import RouterLink
 from cli.worker_metrics import WorkerCollector
 from cli.worker_status import Readiness, serve_status
 from decode.scheduler import DecodeScheduler
 from decode.worker import DecodeWorker
 from engine.block_pool import BlockPool
+from engine.cache_feed import CacheFeed
 from engine.engine import Engine, EngineConfig
 from engine.thread import EngineThread
+from engine.tiers.cache import TieredCache
+from engine.tiers.config import TierConfig, open_tiers
+from engine.tiers.copier import BlockCopier
+from engine.tiers.metrics import TierCollector
 from kvtransfer.auto import auto_factory
 from kvtransfer.events import Died, TransferEvent
 from kvtransfer.thread import TransferThread
@@ -49,10 +55,13 @@ class WorkerConfig:
     engine: EngineConfig
     worker_id: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
     host: str | None = None  # on which peers find this worker
-    metrics_port: int = 0  # 0: any free one
+    control_port: int = 0  # this and the next two: 0 takes any free one
+    data_port: int = 0
+    metrics_port: int = 0
     cluster_key_file: Path | None = None
     transport: Literal["auto", "ucx"] = "auto"  # auto: mapped memory to peers on this host
     require_transport: str | None = None
+    tiers: TierConfig = field(default_factory=TierConfig)
     drain_timeout: float = 30.0  # seconds that a worker asked to leave takes to end its work
 
 
@@ -61,10 +70,10 @@ class WorkerProcess:
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
-        self._epoch = secrets.randbits(63)
-        self._identity = f"{config.worker_id}:{self._epoch}"
         self._key = read_cluster_key(config.cluster_key_file) if config.cluster_key_file else None
-        self._addresses = worker_addresses(config.routers[0], config.host, config.worker_id)
+        self._addresses = worker_addresses(
+            config.routers[0], config.host, config.worker_id, config.control_port
+        )
         if self._key is None and not is_local(config.routers[0]):
             raise ConfigError("links between hosts are encrypted: give --cluster-key-file")
         if self._key is None and not is_loopback(self._addresses.host):
@@ -80,9 +89,9 @@ class WorkerProcess:
         host, rows = self._addresses.host, self._engine.rows
         auto = config.transport == "auto"
         factory = (
-            auto_factory(rows, host, self._key)
+            auto_factory(rows, host, config.data_port, self._key)
             if auto
-            else UCXTransport.factory(host, cluster_key=self._key)
+            else UCXTransport.factory(host, config.data_port, self._key)
         )
         self._transfer = TransferThread(rows, factory, self._on_transfer)
         self._transfer.start()
@@ -93,20 +102,30 @@ class WorkerProcess:
         self._pool = BlockPool(
             self._engine.num_blocks, self._engine.geometry.block_size, self._engine.salt
         )
-        self._peers: Server | None = None
-        self._role = self._build_role(metrics)
+        self._tiers = self._build_tiers(metrics)
+        self._peers = Server(self._addresses.control, self._key)
+        self._prefill_metrics = PrefillMetrics(metrics)
+        self._roles = RoleRunner(
+            config.role,
+            self._build_role,
+            in_step=lambda: self._engine_thread.running_for > 0,
+            drain_timeout=config.drain_timeout,
+            metrics=metrics,
+        )
         row_bytes = self._engine.geometry.row_bytes
-        metrics.register(WorkerCollector(self._role, self._pool, row_bytes, self._transfer))
+        metrics.register(WorkerCollector(self._roles, self._pool, row_bytes, self._transfer))
         readiness = Readiness(self._transfer, self._engine_thread)
         self._metrics_url = serve_status(host, config.metrics_port, metrics, readiness)
+        identity = f"{config.worker_id}:{secrets.randbits(63)}"
         self._links = [
             RouterLink(
                 router,
-                self._identity,
+                identity,
                 self._key,
                 self._registration,
-                self._role,
+                self._roles,
                 on_drain=self._leave.set,
+                feed=CacheFeed(self._pool),
             )
             for router in config.routers
         ]
@@ -122,9 +141,11 @@ class WorkerProcess:
             self._loop.add_signal_handler(number, self._on_signal)
         leaving = asyncio.create_task(self._leave_when_told())
         tasks = [
-            asyncio.create_task(self._role.run()),
+            asyncio.create_task(self._roles.run(self._links)),
             *(asyncio.create_task(link.run()) for link in self._links),
         ]
+        if self._tiers is not None:
+            tasks.append(asyncio.create_task(self._tiers.run()))
         try:
             ends: list[asyncio.Future[Any]] = [*tasks, leaving, self._failed]
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -141,12 +162,12 @@ class WorkerProcess:
     async def _leave_when_told(self) -> None:
         await self._leave.wait()
         log.info("leaving: no new work, at most %g s for the rest", self._config.drain_timeout)
-        self._role.leave()
+        self._roles.leave()
         for link in self._links:
             link.leave()
         deadline = time.monotonic() + self._config.drain_timeout
         hurried = asyncio.create_task(self._leave_now.wait())
-        while not (self._role.idle or hurried.done() or time.monotonic() >= deadline):
+        while not (self._roles.idle or hurried.done() or time.monotonic() >= deadline):
             await asyncio.wait({hurried}, timeout=IDLE_POLL)
         hurried.cancel()
 
@@ -154,12 +175,23 @@ class WorkerProcess:
         """End the threads and sockets."""
         self._engine_thread.close()
         self._transfer.stop()
-        if self._peers is not None:
-            self._peers.close()
+        if self._tiers is not None:
+            self._tiers.close()
+        self._peers.close()
 
-    def _build_role(self, metrics: CollectorRegistry) -> PrefillWorker | DecodeWorker:
+    def _build_tiers(self, metrics: CollectorRegistry) -> TieredCache | None:
+        rows = self._engine.rows
+        tiers = open_tiers(self._config.tiers, rows, self._engine.salt)
+        if not tiers:
+            return None
+        row_bytes = self._engine.geometry.row_bytes
+        cache = TieredCache(self._pool, BlockCopier(rows, tiers[0]), tiers[0], row_bytes)
+        metrics.register(TierCollector(cache, tiers, row_bytes))
+        return cache
+
+    def _build_role(self, role: Role, epoch: int) -> PrefillWorker | DecodeWorker:
         limits = self._config.engine
-        if self._config.role == "prefill":
+        if role == "prefill":
             return PrefillWorker(
                 self._engine_thread,
                 self._transfer,
@@ -169,12 +201,12 @@ class WorkerProcess:
                     max_num_seqs=limits.max_num_seqs,
                 ),
                 self._engine.fingerprint,
-                identity=self._identity,
+                identity=f"{self._config.worker_id}:{epoch}",
                 cluster_key=self._key,
                 send=self._send,
-                metrics=PrefillMetrics(metrics),
+                metrics=self._prefill_metrics,
+                tiers=self._tiers,
             )
-        self._peers = Server(self._addresses.control, self._key)
         return DecodeWorker(
             self._engine_thread,
             self._transfer,
@@ -184,10 +216,11 @@ class WorkerProcess:
                 max_num_batched_tokens=limits.max_num_batched_tokens,
             ),
             self._engine.fingerprint,
-            epoch=self._epoch,
+            epoch=epoch,
             vocab_size=self._engine.model_config.vocab_size,
             peers=self._peers,
             send=self._send,
+            tiers=self._tiers,
         )
 
     def _send(self, router_id: str, message: Message) -> None:
@@ -204,27 +237,27 @@ class WorkerProcess:
 
     def _take_transfer_event(self, event: TransferEvent) -> None:
         if not isinstance(event, Died):
-            self._role.from_transfer(event)
+            self._roles.current.from_transfer(event)
         elif not self._failed.done():
             self._failed.set_exception(KvferryError(f"the transfer thread died: {event.reason}"))
 
     def _registration(self, session: int) -> Register:
         return Register(
             worker_id=self._config.worker_id,
-            epoch=self._epoch,
+            epoch=self._roles.epoch,
             session=session,
-            role=self._config.role,
+            role=self._roles.role,
             model=self._config.engine.model,
             fingerprint=self._engine.fingerprint,
             vocab_size=self._engine.model_config.vocab_size,
             max_model_len=self._engine.max_model_len,
             pid=os.getpid(),
             host=socket.gethostname(),
-            control=self._peers.endpoint if self._peers else "",
+            control=self._peers.endpoint,
             data=self._transfer.address,
             transport=self._transfer.description,
             metrics=self._metrics_url,
-            load=self._role.load(),
+            load=self._roles.load(),
         )
 
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from decode.worker import DecodeWorker
+from cli.role_runner import RoleRunner
 from engine.block_pool import BlockPool
 from kvtransfer.metrics import transfer_metrics
 from kvtransfer.thread import TransferThread
-from prefill.worker import PrefillWorker
 
 SCRAPE_TIMEOUT = 5.0  # seconds; a scrape that fails says that the event loop hangs
 
@@ -22,7 +21,7 @@ class WorkerCollector(Collector):
 
     def __init__(
         self,
-        role: PrefillWorker | DecodeWorker,
+        role: RoleRunner,
         pool: BlockPool,
         block_bytes: int,
         transfer: TransferThread,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 STUCK = 3.0  # seconds without a sign of life
-LONGER = 4  # a step may take this many times as long as the longest before it
+LONGER = 4  # a step may take this many times as long as the longest of late
 
 
 class Transfers(Protocol):
@@ -41,7 +41,7 @@ class Steps(Protocol):
 
     @property
     def longest(self) -> float:
-        """Seconds of the longest step that has ended."""
+        """Seconds of the longest step of late."""
 
 
 class Readiness:

@@ -1,10 +1,12 @@
-"""Hand-offs from decode's side: a pure state machine, one grant per request.
+"""How requests come into decode: a pure state machine, one grant per request.
 
     PENDING ──room──> OPEN ──all blocks and the Handoff, verified──> gone (admitted)
-                        │
-                        └──Revoked, Cancelled, ReceiveFailed, expiry──> CLOSING ──Closed──> gone
+       │                │
+       │                └──Revoked, Cancelled, ReceiveFailed, expiry──> CLOSING ──Closed──> gone
+       └──room, and decode computes the prompt itself──> gone (admitted)
 
 An event goes in, actions come out; the clock is passed in, nothing is sent or awaited here.
+``TRANSITIONS`` names what every event does in every state.
 Blocks are reserved before prefill computes. They are written only while the grant is OPEN, and
 given back only once the transport has confirmed (Closed) that no receive into them is left: a
 timeout alone frees nothing. What prefill has heard no answer to it repeats, and gets the same
@@ -15,14 +17,15 @@ its token ids.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from typing import assert_never
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, assert_never
 
 from decode.acceptances import Acceptances
 from decode.admission_events import (
     Abandon,
     Action,
     Admit,
+    Asked,
     Cancelled,
     Closed,
     CloseReceive,
@@ -36,19 +39,14 @@ from decode.admission_events import (
     RouterLost,
     Tick,
 )
-from decode.grant import GrantState, OpenGrant, without_blocks
-from decode.terms import disagreement, objection
+from decode.grant import Grants, GrantState, OpenGrant, without_blocks
+from decode.terms import disagreement, misfit, objection
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
-from protocol.errors import (
-    KvferryError,
-    OverloadedError,
-    ProtocolError,
-    UnavailableError,
-    WorkerLostError,
-)
+from protocol.errors import KvferryError, UnavailableError, WorkerLostError
 from protocol.geometry import Fingerprint
 from protocol.messages import (
+    Continuation,
     GrantRefused,
     GrantRequest,
     Handoff,
@@ -60,7 +58,7 @@ LATE_BLOCKS = 2.0  # seconds that blocks may come after the Handoff, or after on
 
 
 class Admission:
-    """All grants of one decode worker.
+    """What one decode worker lets in.
 
     ``headroom()`` is the scheduler's word on how many blocks a new grant must leave free, or None
     when newcomers have to wait.
@@ -84,155 +82,189 @@ class Admission:
         self._vocab_size = vocab_size
         self._headroom = headroom
         self._grant_timeout = grant_timeout
-        self._max_pending = max_pending
-        self._new_grant_id = new_grant_id
-        self._by_request: dict[str, OpenGrant] = {}  # PENDING and OPEN, oldest first
-        self._by_id: dict[int, OpenGrant] = {}  # OPEN and CLOSING
+        self.grants = Grants(new_grant_id, max_pending)
         self._acceptances = Acceptances(max_pending)
         self.leaving = False  # no new grants
+        # Asked before a prompt of decode's own gets blocks: one that may not yet is passed over.
+        self.may_start: Callable[[Sequence], bool] = lambda _: True
         self.num_expired = 0
         self.num_stale = 0  # hand-offs without a grant, requests to a former incarnation
         self.integrity_failures: dict[str, int] = {}  # by reason
 
-    @property
-    def num_requests(self) -> int:
-        """Requests that wait for a grant or have an open one."""
-        return len(self._by_request)
-
-    @property
-    def num_open(self) -> int:
-        """Grants that are not over, the pending and closing ones included."""
-        pending = sum(g.state is GrantState.PENDING for g in self._by_request.values())
-        return pending + len(self._by_id)
-
-    @property
-    def num_quarantined_blocks(self) -> int:
-        """Blocks of ended grants that the transport has not confirmed free yet."""
-        closing = (g for g in self._by_id.values() if g.state is GrantState.CLOSING)
-        return sum(len(grant.sequence.block_table) for grant in closing)
-
-    def owned_blocks(self) -> list[list[int]]:
-        """Block lists owned here, for ``BlockPool.check_integrity``."""
-        return [grant.sequence.block_table for grant in self._by_id.values()]
-
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Advance by one event."""
+        """Advance by one event.
+
+        Raises ValueError for one that cannot be in the state of its grant.
+        """
         match event:
             case FromPeer():
-                return self._from_peer(event.peer, event.message, now)
-            case Received():
-                return self._received(event, now)
-            case ReceiveFailed():
-                return self._receive_failed(event)
-            case Closed():
-                return self._closed(event, now)
+                grant = self.grants.of_request(event.message.request_id)
+                given = grant is not None and grant.peer == event.peer
+                return self._advance(grant if given else None, event, now)
+            case Asked():
+                grant = self.grants.of_request(event.request.request_id)
+                return self._advance(grant, event, now)
             case Cancelled():
-                return [*self._drop(event.request_id), Abandon(event.request_id)]
+                return self._advance(self.grants.of_request(event.request_id), event, now)
+            case Received() | ReceiveFailed() | Closed():
+                return self._advance(self.grants.numbered(event.grant_id), event, now)
             case RouterLost():
-                grants = [g for g in self._by_request.values() if g.router_id == event.router_id]
-                return [action for grant in grants for action in self._close(grant)]
+                return self._advance_all(self.grants.of_router(event.router_id), event, now)
             case Tick():
-                return [*self._expire(now), *self._grant_pending(now)]
+                ended = self._advance_all(self.grants.of_requests(), event, now)
+                return [*ended, *self._grant_pending(now)]
             case _:
                 assert_never(event)
 
-    def _from_peer(
-        self, peer: bytes, message: GrantRequest | Handoff | Revoke, now: float
+    def _advance_all(
+        self, grants: Iterable[OpenGrant], event: Tick | RouterLost, now: float
     ) -> list[Action]:
-        match message:
-            case GrantRequest():
-                return self._requested(peer, message, now)
-            case Handoff():
-                return self._offered(peer, message, now)
-            case Revoke():
-                return self._revoked(peer, message)
-            case _:
-                assert_never(message)
+        return [action for grant in grants for action in self._advance(grant, event, now)]
 
-    # A grant's life, in order ----------------------------------------------------------------
+    def _advance(self, grant: OpenGrant | None, event: Event, now: float) -> list[Action]:
+        state = grant.state if grant is not None else None
+        kind = type(event.message) if isinstance(event, FromPeer) else type(event)
+        transition = TRANSITIONS[state].get(kind)
+        if transition is None:
+            where = f"while {state.name}" if state else "without a grant"
+            raise ValueError(f"{kind.__name__} {where}")
+        return transition(self, grant, event, now)
 
-    def _requested(self, peer: bytes, request: GrantRequest, now: float) -> list[Action]:
-        known = self._by_request.get(request.request_id)
-        if known is not None and known.peer == peer:  # it has not heard the answer
-            if known.state is GrantState.PENDING:
-                return []
-            return [Reply(peer, known.message(self._epoch, now))]
-        error = self._refusal(request)
+    # Transitions -----------------------------------------------------------------------------
+
+    def _requested(self, _: None, event: FromPeer[GrantRequest], now: float) -> list[Action]:
+        peer, request = event.peer, event.message
+        self.num_stale += request.epoch != self._epoch
+        error = self._refusal(request) or self._objection(request)
         if error is not None:
             refusal = GrantRefused(
                 request_id=request.request_id, code=error.code, message=str(error)
             )
             return [Reply(peer, refusal)]
-        sequence = Sequence(
-            request.request_id,
-            request.token_ids,
-            request.num_prompt_tokens,
-            request.sampling,
-            cache_salt=request.cache_salt,
-        )
-        deadline = now + request.timeout
-        grant = OpenGrant(0, peer, request.router_id, sequence, deadline, expires=deadline)
-        self._by_request[request.request_id] = grant
-        return self._grant_pending(now)
+        return self._queue(request, request.router_id, peer, now)
 
-    def _refusal(self, request: GrantRequest) -> KvferryError | None:
-        self.num_stale += request.epoch != self._epoch
-        if self.leaving:
-            return UnavailableError("this decode worker is leaving")
-        if request.request_id in self._by_request:
-            return ProtocolError(f"request {request.request_id} has a grant already")
-        if len(self._by_request) >= self._max_pending:
-            return OverloadedError(f"{self._max_pending} requests wait for KV blocks")
-        if self._fingerprint != request.fingerprint:
-            self._count_failure("fingerprint")
-        return objection(request, self._pool, self._fingerprint, self._epoch, self._vocab_size)
+    def _requested_again(
+        self, grant: OpenGrant, event: FromPeer[GrantRequest], now: float
+    ) -> list[Action]:
+        return [Reply(event.peer, grant.message(self._epoch, now))]  # it has not heard the answer
 
-    def _grant_pending(self, now: float) -> list[Action]:
-        """Reserve blocks for waiting requests, first come first served, while there is room."""
-        actions: list[Action] = []
-        for grant in [g for g in self._by_request.values() if g.state is GrantState.PENDING]:
-            if not self._reserve(grant):
-                break
-            grant.state = GrantState.OPEN
-            grant.grant_id = self._unused_grant_id()
-            grant.expires = min(grant.deadline, now + self._grant_timeout)
-            self._by_id[grant.grant_id] = grant
-            told = Reply(grant.peer, grant.message(self._epoch, now))
-            actions += [OpenReceive(grant.grant_id, grant.blocks), told]
-        return actions
+    def _asked(self, _: OpenGrant | None, event: Asked, now: float) -> list[Action]:
+        request = event.request
+        error = self._refusal(request) or misfit(request, self._pool, self._vocab_size)
+        if error is not None:
+            return [_failed(request.request_id, event.router_id, error)]
+        return self._queue(request, event.router_id, None, now)
 
-    def _reserve(self, grant: OpenGrant) -> bool:
-        sequence, headroom = grant.sequence, self._headroom()
-        if headroom is None or not self._pool.reserve(sequence, sequence.num_tokens, headroom):
-            return False
-        grant.blocks = sequence.block_table[sequence.num_computed // self._pool.block_size :]
-        return True
-
-    def _received(self, event: Received, now: float) -> list[Action]:
-        grant = self._by_id.get(event.grant_id)
-        if grant is None or grant.state is not GrantState.OPEN:
-            return []
+    def _received(self, grant: OpenGrant, event: Received, now: float) -> list[Action]:
         grant.digests.update(enumerate(event.digests, start=event.first))
         patience = LATE_BLOCKS if grant.handoff else self._grant_timeout
         grant.expires = min(grant.deadline, now + patience)
         return self._admit_if_complete(grant)
 
-    def _offered(self, peer: bytes, handoff: Handoff, now: float) -> list[Action]:
-        answer = self._acceptances.repeat(peer, handoff)
-        if answer is not None:
-            return [Reply(peer, answer)]
-        grant = self._by_request.get(handoff.request_id)
-        if grant is None or grant.state is not GrantState.OPEN or grant.peer != peer:
-            self.num_stale += 1
-            return []
+    def _receive_failed(self, grant: OpenGrant, event: ReceiveFailed, now: float) -> list[Action]:
+        return self._fail(grant, WorkerLostError(f"KV transfer failed: {event.reason}"))
+
+    def _offered(self, grant: OpenGrant, event: FromPeer[Handoff], now: float) -> list[Action]:
+        handoff = event.message
+        if self._acceptances.repeat(event.peer, handoff) is not None:
+            return self._offered_again(grant, event, now)
         error = disagreement(grant, handoff, self._epoch, self._vocab_size)
         if error is not None:
             self._count_failure("handoff")
-            return [*self._drop(handoff.request_id), self._failed(grant, error)]
+            return self._fail(grant, error)
         if grant.handoff is None:  # everything was sent: what is missing must be close behind
             grant.handoff = handoff
             grant.expires = min(grant.expires, now + LATE_BLOCKS)
         return self._admit_if_complete(grant)
+
+    def _offered_again(
+        self, _: OpenGrant | None, event: FromPeer[Handoff], now: float
+    ) -> list[Action]:
+        answer = self._acceptances.repeat(event.peer, event.message)
+        self.num_stale += answer is None
+        return [Reply(event.peer, answer)] if answer is not None else []
+
+    def _revoked_in_vain(self, _: None, event: FromPeer[Revoke], now: float) -> list[Action]:
+        """Once accepted, the request is no longer prefill's to end; nor is another peer's."""
+        self.num_stale += self.grants.of_request(event.message.request_id) is not None
+        return []
+
+    def _cancelled(self, grant: OpenGrant | None, event: Cancelled, now: float) -> list[Action]:
+        self.grants.cancel(event.request_id)
+        closing = self._close(grant) if grant is not None else []
+        return [*closing, Abandon(event.request_id)]
+
+    def _expired(self, grant: OpenGrant, _: Tick, now: float) -> list[Action]:
+        if now < grant.expires:
+            return []
+        if grant.handoff is not None and now < grant.deadline:
+            return self._admit(grant, grant.handoff, failure="missing")
+        self.num_expired += 1
+        return self._fail(grant, grant.expiry(now))
+
+    def _end(self, grant: OpenGrant, _: FromPeer[Revoke] | RouterLost, now: float) -> list[Action]:
+        return self._close(grant)
+
+    def _closed(self, grant: OpenGrant, _: Closed, now: float) -> list[Action]:
+        self.grants.forget(grant)
+        self._pool.release_sequence(grant.sequence)
+        return self._grant_pending(now)
+
+    def _ignore(self, _grant: OpenGrant | None, _: Event, now: float) -> list[Action]:
+        return []
+
+    # What they share -------------------------------------------------------------------------
+
+    def _refusal(self, request: Continuation) -> KvferryError | None:
+        if self.leaving:
+            return UnavailableError("this decode worker is leaving")
+        return self.grants.refusal(request.request_id)
+
+    def _objection(self, request: GrantRequest) -> KvferryError | None:
+        if self._fingerprint != request.fingerprint:
+            self._count_failure("fingerprint")
+        return objection(request, self._pool, self._fingerprint, self._epoch, self._vocab_size)
+
+    def _queue(
+        self, request: Continuation, router_id: str, peer: bytes | None, now: float
+    ) -> list[Action]:
+        sequence, deadline = Sequence.of(request), now + request.timeout
+        self.grants.add(OpenGrant(peer, router_id, sequence, now, deadline, expires=deadline))
+        return self._grant_pending(now)
+
+    def _grant_pending(self, now: float) -> list[Action]:
+        """Reserve blocks for waiting requests, first come first served, while there is room."""
+        actions: list[Action] = []
+        for grant in self.grants.pending():
+            if grant.peer is None and not self.may_start(grant.sequence):
+                continue
+            if not self._reserve(grant):
+                break
+            if grant.peer is None:
+                actions.append(self._admit_prompt(grant, now))
+            else:
+                actions += self._open(grant, grant.peer, now)
+        return actions
+
+    def _reserve(self, grant: OpenGrant) -> bool:
+        sequence, headroom = grant.sequence, self._headroom()
+        cacheable = sequence.num_cacheable if grant.peer is None else sequence.num_tokens
+        return headroom is not None and self._pool.reserve(sequence, cacheable, headroom)
+
+    def _admit_prompt(self, grant: OpenGrant, now: float) -> Admit:
+        """Let decode have a sequence that it computes from its tokens."""
+        self.grants.close(grant)
+        sequence = grant.sequence
+        sequence.recomputed = sequence.num_output_tokens > 0
+        return Admit(sequence, grant.router_id, grant.deadline, waited=now - grant.asked)
+
+    def _open(self, grant: OpenGrant, peer: bytes, now: float) -> list[Action]:
+        sequence = grant.sequence
+        self.grants.open(grant)
+        grant.blocks = sequence.block_table[sequence.num_computed // self._pool.block_size :]
+        grant.expires = min(grant.deadline, now + self._grant_timeout)
+        told = Reply(peer, grant.message(self._epoch, now))
+        return [OpenReceive(grant.grant_id, grant.blocks, peer), told]
 
     def _admit_if_complete(self, grant: OpenGrant) -> list[Action]:
         handoff = grant.handoff
@@ -255,66 +287,66 @@ class Admission:
             self._count_failure(failure)
             sequence = without_blocks(sequence)  # the blocks stay with the closing grant
         sequence.token_ids.append(handoff.first_token)
+        assert grant.peer is not None, "nobody else hands off"
         answer = self._acceptances.accept(grant.peer, handoff)
         admit = Admit(sequence, grant.router_id, grant.deadline)
         return [*self._close(grant), admit, Reply(grant.peer, answer)]
 
-    # Ends ------------------------------------------------------------------------------------
-
-    def _receive_failed(self, event: ReceiveFailed) -> list[Action]:
-        grant = self._by_id.get(event.grant_id)
-        if grant is None or grant.state is not GrantState.OPEN:
-            return []
-        error = WorkerLostError(f"KV transfer failed: {event.reason}")
-        return [*self._close(grant), self._failed(grant, error)]
-
-    def _revoked(self, peer: bytes, revoke: Revoke) -> list[Action]:
-        """Once accepted, the request is no longer prefill's to end."""
-        grant = self._by_request.get(revoke.request_id)
-        if grant is not None and grant.peer == peer:
-            return self._close(grant)
-        self.num_stale += grant is not None
-        return []
-
-    def _drop(self, request_id: str) -> list[Action]:
-        grant = self._by_request.get(request_id)
-        return self._close(grant) if grant else []
-
     def _close(self, grant: OpenGrant) -> list[Action]:
-        del self._by_request[grant.sequence.request_id]
-        if grant.state is GrantState.PENDING:
-            return []
-        grant.state = GrantState.CLOSING
-        return [CloseReceive(grant.grant_id)]
+        return [CloseReceive(grant.grant_id)] if self.grants.close(grant) else []
 
-    def _closed(self, event: Closed, now: float) -> list[Action]:
-        grant = self._by_id.get(event.grant_id)
-        if grant is None or grant.state is not GrantState.CLOSING:
-            return []
-        del self._by_id[grant.grant_id]
-        self._pool.release_sequence(grant.sequence)
-        return self._grant_pending(now)
-
-    def _expire(self, now: float) -> list[Action]:
-        actions: list[Action] = []
-        for grant in [g for g in self._by_request.values() if now >= g.expires]:
-            if grant.handoff is not None and now < grant.deadline:
-                actions += self._admit(grant, grant.handoff, failure="missing")
-                continue
-            self.num_expired += 1
-            error = grant.expiry(now)
-            actions += [*self._close(grant), self._failed(grant, error)]
-        return actions
+    def _fail(self, grant: OpenGrant, error: KvferryError) -> list[Action]:
+        return [*self._close(grant), _failed(grant.request_id, grant.router_id, error)]
 
     def _count_failure(self, reason: str) -> None:
         self.integrity_failures[reason] = self.integrity_failures.get(reason, 0) + 1
 
-    def _failed(self, grant: OpenGrant, error: KvferryError) -> Report:
-        request_id = grant.sequence.request_id
-        failed = RequestFailed(request_id=request_id, code=error.code, message=str(error))
-        return Report(grant.router_id, failed)
 
-    def _unused_grant_id(self) -> int:
-        while (grant_id := self._new_grant_id()) in self._by_id:
-            pass
-        return grant_id
+def _failed(request_id: str, router_id: str, error: KvferryError) -> Report:
+    failed = RequestFailed(request_id=request_id, code=error.code, message=str(error))
+    return Report(router_id, failed)
+
+
+Transition = Callable[[Admission, Any, Any, float], list[Action]]
+Kind = type[Event | GrantRequest | Handoff | Revoke]  # a peer's event goes by its message
+
+_OF_A_REQUEST: Mapping[Kind, Transition] = {
+    Asked: Admission._asked,  # refused: there is a grant
+    Revoke: Admission._end,
+    Cancelled: Admission._cancelled,
+    RouterLost: Admission._end,
+    Tick: Admission._expired,
+}
+
+# By the state of the event's grant; None: there is none, or it is another peer's. What is not
+# here cannot happen: only requests with a grant hear of routers and time, and only the transfer
+# speaks of a grant by its number, once it is open.
+TRANSITIONS: Mapping[GrantState | None, Mapping[Kind, Transition]] = {
+    None: {
+        GrantRequest: Admission._requested,
+        Handoff: Admission._offered_again,
+        Revoke: Admission._revoked_in_vain,
+        Asked: Admission._asked,
+        Cancelled: Admission._cancelled,
+        Received: Admission._ignore,
+        ReceiveFailed: Admission._ignore,
+        Closed: Admission._ignore,
+    },
+    GrantState.PENDING: {
+        **_OF_A_REQUEST,
+        GrantRequest: Admission._ignore,  # the answer comes when there is room
+        Handoff: Admission._offered_again,
+    },
+    GrantState.OPEN: {
+        **_OF_A_REQUEST,
+        GrantRequest: Admission._requested_again,
+        Handoff: Admission._offered,
+        Received: Admission._received,
+        ReceiveFailed: Admission._receive_failed,
+    },
+    GrantState.CLOSING: {
+        Received: Admission._ignore,
+        ReceiveFailed: Admission._ignore,
+        Closed: Admission._closed,
+    },
+}

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from engine.sequence import Sequence
-from protocol.messages import GrantRequest, Handoff, Message, RequestFailed, Revoke
+from protocol.messages import (
+    GenerateRequest,
+    GrantRequest,
+    Handoff,
+    Message,
+    RequestFailed,
+    Revoke,
+)
 
 # Events ------------------------------------------------------------------------------------
 
 
+Offer = GrantRequest | Handoff | Revoke
+AnyOffer = TypeVar("AnyOffer", bound=Offer, covariant=True)
+
+
 @dataclass(frozen=True, slots=True)
-class FromPeer:
+class FromPeer(Generic[AnyOffer]):
     """A prefill worker sent a message."""
 
     peer: bytes
-    message: GrantRequest | Handoff | Revoke
+    message: AnyOffer
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A router wants a request's prompt computed here, too."""
+
+    router_id: str
+    request: GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +81,7 @@ class Tick:
     """Time passed or blocks became free."""
 
 
-Event = FromPeer | Received | ReceiveFailed | Closed | Cancelled | RouterLost | Tick
+Event = FromPeer[Offer] | Asked | Received | ReceiveFailed | Closed | Cancelled | RouterLost | Tick
 
 # Actions -----------------------------------------------------------------------------------
 
@@ -80,6 +100,7 @@ class OpenReceive:
 
     grant_id: int
     blocks: list[int]
+    sender: bytes  # the peer that hands off
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +112,15 @@ class CloseReceive:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Give the sequence to the scheduler; without blocks it is computed anew."""
+    """Give the sequence to the scheduler, which computes what its blocks do not hold.
+
+    ``waited`` seconds for them, if nobody handed it off; without blocks it is computed anew.
+    """
 
     sequence: Sequence
     router_id: str
     deadline: float
+    waited: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,21 @@ class Resident:
     router_id: str
     deadline: float
     admitted: float | None = None  # when, until its first token was told
+    waited: float | None = None  # seconds for memory, if decode computes its prompt
+
+    @property
+    def awaits_first_token(self) -> bool:
+        """Whether its next token is the first after a prompt that decode computes."""
+        return self.admitted is not None and self.waited is not None
 
     def account(self, now: float) -> dict[str, float]:
-        """Seconds from admission to the first token; later nothing."""
+        """Seconds of what came before its first token here; later nothing."""
         admitted, self.admitted = self.admitted, None
-        return {} if admitted is None else {"first_step": now - admitted}
+        if admitted is None:
+            return {}
+        if self.waited is None:
+            return {"first_step": now - admitted}
+        return {"grant": self.waited, "prefill": now - admitted}
 
 
 class Residents:

@@ -1,8 +1,9 @@
 """Which sequences generate in the next step. Pure policy: no tensor, no clock.
 
-Every running sequence computes one token a step. When blocks run out the newest sequence is
-preempted: it gives up its blocks and is recomputed later, in chunks, from its token ids; what
-is still in the prefix cache then costs nothing. The client never notices.
+Every running sequence that generates computes one token a step. Prompts that decode computes
+itself go in chunks beside them, under one token budget. When blocks run out the newest sequence
+is preempted: it gives up its blocks and is recomputed later, in chunks too, from its token ids;
+what is still in the prefix cache then costs nothing. The client never notices.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from engine.batch import Batch, BatchRow
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from engine.step import Step
+from engine.token_budget import prompt_budget, shares
 from protocol.messages import FinishReason
 
 
@@ -34,8 +36,11 @@ def _arrival(sequence: Sequence) -> int:
 class DecodeScheduler:
     """Batches continuously: a sequence joins and leaves between any two steps.
 
-    Sequences with blocks start before preempted ones: those can wait for memory, while a
-    handed-off sequence that waits holds it.
+    Sequences with blocks start before preempted ones: those can wait for memory, while an
+    admitted sequence that waits holds it.
+
+    Of a step's ``max_num_batched_tokens`` those that generate take one each and prompts the rest,
+    which is at least half: neither starves the other.
     """
 
     def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -54,6 +59,13 @@ class DecodeScheduler:
     def num_waiting(self) -> int:
         """Sequences that are not in the running batch."""
         return len(self.admitted) + len(self.preempted)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens still to compute of prompts and of what was preempted."""
+        waiting = (*self.admitted, *self.preempted, *self.running)
+        left = (sequence.num_tokens - sequence.num_computed for sequence in waiting)
+        return sum(tokens for tokens in left if tokens > 1)
 
     @property
     def headroom(self) -> int | None:
@@ -76,16 +88,14 @@ class DecodeScheduler:
         """The next step's rows; empty when nothing may run."""
         self._start_waiting()
         self._make_room()
-        budget = self.max_num_batched_tokens  # of recomputed tokens
-        rows: list[BatchRow] = []
-        for sequence in self.running:
-            remaining = sequence.num_tokens - sequence.num_computed
-            if remaining == 1:
-                rows.append(BatchRow(sequence, sequence.num_computed, 1))
-            elif (chunk := min(remaining, budget)) > 0:
-                rows.append(BatchRow(sequence, sequence.num_computed, chunk))
-                budget -= chunk
-        return self._step.begin(rows)
+        chunks = self._chunks()
+        return self._step.begin(
+            [
+                BatchRow(sequence, sequence.num_computed, num_tokens)
+                for sequence in self.running
+                if (num_tokens := chunks.get(sequence.request_id, 1)) > 0
+            ]
+        )
 
     def commit(self, token_ids: list[int]) -> list[NewToken]:
         """Record the step that has run; finished sequences leave and give up their blocks."""
@@ -119,9 +129,18 @@ class DecodeScheduler:
             self._run(self.admitted.pop(0))
         while self.preempted and len(self.running) < self.max_num_seqs:
             sequence = self.preempted[0]
-            if not self.pool.reserve(sequence, max_cached_tokens=sequence.num_tokens - 1):
+            num_cached = sequence.num_cached
+            if not self.pool.reserve(sequence, max_cached_tokens=sequence.num_cacheable):
                 return
+            sequence.num_cached = num_cached  # what it computed itself was no hit
             self._run(self.preempted.pop(0))
+
+    def _chunks(self) -> dict[str, int]:
+        """Tokens of the next step for each running sequence that lacks more than one."""
+        left = {s.request_id: s.num_tokens - s.num_computed for s in self.running}
+        left = {request_id: tokens for request_id, tokens in left.items() if tokens > 1}
+        budget = prompt_budget(self.max_num_batched_tokens, len(self.running) - len(left))
+        return dict(zip(left, shares([*left.values()], budget), strict=True))
 
     def _run(self, sequence: Sequence) -> None:
         insort(self.running, sequence, key=_arrival)
@@ -138,5 +157,7 @@ class DecodeScheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.pool.release_sequence(sequence)
         sequence.recomputed = True
+        if sequence.scores_prompt:  # all of the prompt is computed again
+            sequence.prompt_logprobs.clear()
         insort(self.preempted, sequence, key=_arrival)
         self.num_preemptions += 1

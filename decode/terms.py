@@ -1,12 +1,19 @@
-"""When a grant request or a hand-off is refused, and in which words. Pure functions."""
+"""When a request or a hand-off is refused, and in which words. Pure functions."""
 
 from __future__ import annotations
 
 from decode.grant import OpenGrant
 from engine.block_pool import BlockPool
-from protocol.errors import ContextLengthError, KvferryError, ProtocolError, WorkerLostError
+from engine.sequence import Sequence
+from protocol.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    KvferryError,
+    ProtocolError,
+    WorkerLostError,
+)
 from protocol.geometry import Fingerprint
-from protocol.messages import GrantRequest, Handoff
+from protocol.messages import Continuation, GrantRequest, Handoff
 
 
 def objection(
@@ -18,6 +25,14 @@ def objection(
     difference = fingerprint.difference(request.fingerprint)
     if difference is not None:
         return ProtocolError(f"the workers' KV does not fit: {difference}")
+    return misfit(request, pool, vocab_size)
+
+
+def misfit(request: Continuation, pool: BlockPool, vocab_size: int) -> KvferryError | None:
+    """Why a worker with this pool and vocabulary can never run the request; None if it can."""
+    unfit = Sequence.of(request).objection()
+    if unfit is not None:
+        return InvalidRequestError(unfit)
     largest = max(request.token_ids)
     if largest >= vocab_size:
         return ProtocolError(f"token id {largest} with a vocabulary of {vocab_size}")

@@ -1,5 +1,7 @@
 """The decode role around an engine: grant, receive, verify, batch token generation.
 
+Prompts that a router sends here, and not through prefill, are computed between the tokens.
+
 All state lives on the event loop; the engine's and the transfer's threads only execute. Only the
 links and the transfer are touched here: every decision is the scheduler's or the admission's.
 """
@@ -13,13 +15,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import assert_never
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 
 from decode.admission import Admission
 from decode.admission_events import (
     Abandon,
     Action,
     Admit,
+    Asked,
     Cancelled,
     Closed,
     CloseReceive,
@@ -33,11 +36,14 @@ from decode.admission_events import (
     RouterLost,
     Tick,
 )
+from decode.metrics import metrics
+from decode.prompt_rate import PromptRate
 from decode.residents import Resident, Residents
 from decode.scheduler import DecodeScheduler, NewToken
-from engine.batch import StepOutput
+from engine.batch import Batch, StepOutput
 from engine.block_pool import BlockPool
 from engine.thread import EngineThread
+from engine.tiers.cache import TieredCache
 from kvtransfer import events
 from kvtransfer.thread import TransferThread
 from protocol.errors import DeadlineError, InvalidRequestError
@@ -45,6 +51,8 @@ from protocol.geometry import Fingerprint
 from protocol.link import Server
 from protocol.messages import (
     Cancel,
+    FirstToken,
+    GenerateRequest,
     GrantRequest,
     Handoff,
     Message,
@@ -54,6 +62,7 @@ from protocol.messages import (
     TokenUpdate,
     WorkerLoad,
 )
+from protocol.sampling import TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +83,7 @@ class DecodeWorker:
         vocab_size: int,
         peers: Server,
         send: Callable[[str, Message], None],
+        tiers: TieredCache | None = None,
     ) -> None:
         self._engine = engine
         self._transfer = transfer
@@ -90,58 +100,41 @@ class DecodeWorker:
         self._send = send
         self._wake = asyncio.Event()
         self._residents = Residents()
+        self._rate = PromptRate()
+        if tiers is not None:
+            self._admission.may_start = lambda prompt: tiers.ready(
+                prompt, self._rate.tokens_per_second
+            )
+            tiers.on_change = lambda: self._handle(Tick())
 
     def load(self) -> WorkerLoad:
         """What the router is told."""
         return WorkerLoad(
             max_num_seqs=self._scheduler.max_num_seqs,
-            num_promised=self._admission.num_requests + len(self._residents),
+            max_num_batched_tokens=self._scheduler.max_num_batched_tokens,
+            num_promised=self._admission.grants.num_requests + len(self._residents),
             num_running=len(self._scheduler.running),
             num_waiting=self._scheduler.num_waiting,
+            waiting_tokens=self._admission.grants.pending_tokens + self._scheduler.waiting_tokens,
+            prefill_tokens_per_second=self._rate.tokens_per_second,
             free_blocks=self._pool.num_free,
             total_blocks=self._pool.num_blocks,
-            open_grants=self._admission.num_open,
+            open_grants=self._admission.grants.num_open,
+            prefill_steps=self._engine.steps.prefill,
+            decode_steps=self._engine.steps.decode,
         )
 
     def metrics(self) -> Iterator[Metric]:
         """What only this role counts."""
-        admission = self._admission
-        yield CounterMetricFamily(
-            "kvferry_num_preemptions",
-            "Sequences that gave up their blocks to be recomputed",
-            value=self._scheduler.num_preemptions,
-        )
-        yield CounterMetricFamily(
-            "kvferry_kv_grants_expired",
-            "Grants that were not handed off in time",
-            value=admission.num_expired,
-        )
-        yield CounterMetricFamily(
-            "kvferry_stale_messages",
-            "Messages for a former incarnation of this worker or for grants that are over",
-            value=admission.num_stale,
-        )
-        yield GaugeMetricFamily(
-            "kvferry_kv_blocks_quarantined",
-            "Blocks of ended grants that the transport has not given back yet",
-            value=admission.num_quarantined_blocks,
-        )
-        failures = CounterMetricFamily(
-            "kvferry_kv_integrity_failures",
-            "Hand-offs whose KV or terms did not verify",
-            labels=["reason"],
-        )
-        for reason, count in admission.integrity_failures.items():
-            failures.add_metric([reason], count)
-        yield failures
+        return metrics(self._scheduler, self._admission)
 
     @property
     def idle(self) -> bool:
         """Whether no grant is open and no sequence is left."""
-        return self._admission.num_open == 0 and len(self._residents) == 0
+        return self._admission.grants.num_open == 0 and len(self._residents) == 0
 
     def leave(self) -> None:
-        """Open no new grants; what has one goes on."""
+        """Take nothing new; what has come goes on."""
         self._admission.leaving = True
 
     def drop_router(self, router_id: str) -> None:
@@ -160,6 +153,11 @@ class DecodeWorker:
     def from_router(self, router_id: str, message: Message) -> None:
         """Take a router's message."""
         match message:
+            case GenerateRequest() if message.request_id in self._residents:
+                log.warning("request %s came twice, the second is ignored", message.request_id)
+            case GenerateRequest():
+                self._engine.expect(message.sampling)
+                self._handle(Asked(router_id, message))
             case Cancel():
                 self._handle(Cancelled(message.request_id))
             case _:
@@ -185,18 +183,28 @@ class DecodeWorker:
         while True:
             self._wake.clear()
             batch = self._scheduler.schedule()
+            began = time.monotonic()
             step = self._engine.run(batch) if batch.rows else None
             if news:  # told while the engine computes the next step
                 self._publish(news, output)
                 self._handle(Tick())  # finished sequences made room for grants
             if step is not None:
                 output = await step
-                for request_id, reason in output.failures.items():
-                    self._give_up(request_id, InvalidRequestError.code, reason)
+                self._note(batch, output, time.monotonic() - began)
                 news = self._scheduler.commit(output.token_ids)
             else:
                 news = []
                 await self._wake.wait()
+
+    def _note(self, batch: Batch, output: StepOutput, seconds: float) -> None:
+        """Take what a step gave beside its tokens."""
+        num_generating = sum(row.num_tokens == 1 for row in batch.rows)
+        self._rate.step(batch.num_tokens - num_generating, num_generating, seconds)
+        for row in batch.rows if output.prompt_logprobs else ():
+            told = output.prompt_logprobs.get(row.sequence.request_id, [])
+            row.sequence.prompt_logprobs += told
+        for request_id, reason in output.failures.items():
+            self._give_up(request_id, InvalidRequestError.code, reason)
 
     def _publish(self, news: list[NewToken], output: StepOutput) -> None:
         by_router: defaultdict[str, list[TokenUpdate]] = defaultdict(list)
@@ -205,15 +213,18 @@ class DecodeWorker:
             request_id = new.sequence.request_id
             resident = self._residents.get(request_id)
             logprobs = output.logprobs.get(request_id)
-            update = TokenUpdate(
-                request_id=request_id,
-                index=new.sequence.num_output_tokens - 1,
-                token_ids=[new.token_id],
-                finish_reason=new.finish_reason,
-                logprobs=None if logprobs is None else [logprobs],
-                account=resident.account(now),
-            )
-            by_router[resident.router_id].append(update)
+            if resident.awaits_first_token:
+                self._send(resident.router_id, _first_token(new, logprobs, resident.account(now)))
+            else:
+                update = TokenUpdate(
+                    request_id=request_id,
+                    index=new.sequence.num_output_tokens - 1,
+                    token_ids=[new.token_id],
+                    finish_reason=new.finish_reason,
+                    logprobs=None if logprobs is None else [logprobs],
+                    account=resident.account(now),
+                )
+                by_router[resident.router_id].append(update)
             if new.finish_reason is not None:
                 self._residents.remove(request_id)
         for router_id, updates in by_router.items():
@@ -261,11 +272,12 @@ class DecodeWorker:
             case Reply():
                 self._peers.send(action.peer, action.message)
             case OpenReceive():
-                self._transfer.open_grant(action.grant_id, action.blocks)
+                self._transfer.open_grant(action.grant_id, action.blocks, action.sender)
             case CloseReceive():
                 self._transfer.close_grant(action.grant_id)
             case Admit():
-                resident = Resident(action.router_id, action.deadline, time.monotonic())
+                now = time.monotonic()
+                resident = Resident(action.router_id, action.deadline, now, action.waited)
                 self._residents.add(action.sequence.request_id, resident)
                 self._scheduler.add(action.sequence)
             case Abandon():
@@ -274,3 +286,18 @@ class DecodeWorker:
                 self._send(action.router_id, action.message)
             case _:
                 assert_never(action)
+
+
+def _first_token(
+    new: NewToken, logprobs: TokenLogprobs | None, account: dict[str, float]
+) -> FirstToken:
+    return FirstToken(
+        request_id=new.sequence.request_id,
+        index=new.sequence.num_output_tokens - 1,
+        token_id=new.token_id,
+        finish_reason=new.finish_reason,
+        num_cached_tokens=new.sequence.num_cached,
+        logprobs=logprobs,
+        prompt_logprobs=new.sequence.all_prompt_logprobs(),
+        account=account,
+    )

@@ -10,9 +10,22 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as Blocks
+from typing import Protocol
 
 from engine.sequence import Sequence
 from protocol.hashing import hash_block, hash_root
+
+
+class BlockListener(Protocol):
+    """Hears which blocks are findable, at the moment that changes."""
+
+    def stored(self, block_hash: bytes, block: int) -> None:
+        """The block can be found by its hash from now on."""
+        ...
+
+    def evicted(self, block_hash: bytes) -> None:
+        """The block cannot be found any more: it is about to be overwritten."""
+        ...
 
 
 class BlockPool:
@@ -28,6 +41,7 @@ class BlockPool:
         self._hash_by_block: dict[int, bytes] = {}
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0  # tokens found
+        self.listeners: list[BlockListener] = []
 
     @property
     def num_free(self) -> int:
@@ -53,7 +67,23 @@ class BlockPool:
             block_hash = self._hash_by_block.pop(block, None)
             if block_hash is not None:
                 del self._block_by_hash[block_hash]
+                for listener in self.listeners:
+                    listener.evicted(block_hash)
         return blocks
+
+    def findable(self) -> Iterable[bytes]:
+        """The names of all blocks that have one."""
+        return self._block_by_hash.keys()
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The block of that name, if there is one."""
+        return self._block_by_hash.get(block_hash)
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Add a reference to each block, which may be free: it keeps what it has."""
+        for block in blocks:
+            self._references[block] += 1
+            self._free.pop(block, None)
 
     def retain(self, blocks: Blocks[int]) -> None:
         """Add a reference to each block; all must have one already."""
@@ -91,9 +121,7 @@ class BlockPool:
         missing = self.blocks_for(sequence.num_tokens) - len(prefix)
         if missing + headroom > len(self._free) - taken_from_free:
             return False
-        for block in prefix:
-            self._references[block] += 1
-            self._free.pop(block, None)
+        self.hold(prefix)
         blocks = self.allocate(missing)
         assert blocks is not None
         sequence.block_table = prefix + blocks
@@ -124,10 +152,15 @@ class BlockPool:
             return
         self.extend_hashes(sequence)
         for index in range(first, last):
-            block, block_hash = sequence.block_table[index], sequence.block_hashes[index]
-            if block_hash not in self._block_by_hash and block not in self._hash_by_block:
-                self._block_by_hash[block_hash] = block
-                self._hash_by_block[block] = block_hash
+            self.name(sequence.block_table[index], sequence.block_hashes[index])
+
+    def name(self, block: int, block_hash: bytes) -> None:
+        """Make a full block findable, unless it has a name or another block has that one."""
+        if block_hash not in self._block_by_hash and block not in self._hash_by_block:
+            self._block_by_hash[block_hash] = block
+            self._hash_by_block[block] = block_hash
+            for listener in self.listeners:
+                listener.stored(block_hash, block)
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend the block table to hold ``num_tokens``; False, and no change, if it cannot."""

@@ -6,7 +6,6 @@ their KV goes is the block tables'.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -155,7 +154,7 @@ class Engine:
     @property
     def salt(self) -> bytes:
         """Separates block hashes of models that must not share KV; 64 bytes."""
-        return hashlib.blake2b(self.fingerprint.model_dump_json().encode()).digest()
+        return self.fingerprint.block_salt
 
     def expect(self, grammar: Grammar) -> None:
         """Begin to compile a grammar: a step that needs it waits for it. From any thread."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.messages import FinishReason
+from protocol.messages import Continuation, FinishReason
 from protocol.sampling import SamplingParams, TokenLogprobs
 
 Blocks = NDArray[np.int32]
+
+MAX_LOGPROBS = 4_000_000  # entries of up to 16 bytes on the wire, in a message of 64 MiB
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -44,6 +47,17 @@ class Sequence:
         self.num_given_tokens = len(self.token_ids)
         self._copy = np.empty(0, np.int32)
 
+    @classmethod
+    def of(cls, request: Continuation) -> Self:
+        """The sequence that a request begins or goes on with, without blocks."""
+        return cls(
+            request.request_id,
+            request.token_ids,
+            request.num_prompt_tokens,
+            request.sampling,
+            cache_salt=request.cache_salt,
+        )
+
     @property
     def num_tokens(self) -> int:
         """Prompt and output tokens known so far."""
@@ -67,6 +81,20 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """Whether its prompt's logprobs are wanted, for which all of the prompt is computed."""
         return self.sampling.prompt_logprobs is not None and self.num_output_tokens == 0
+
+    @property
+    def num_cacheable(self) -> int:
+        """Tokens whose KV may come from a cache: computing the last one gives the next."""
+        return 0 if self.scores_prompt else self.num_tokens - 1
+
+    def objection(self) -> str | None:
+        """Why no worker can compute its tokens; None if one can."""
+        if not self.token_ids:
+            return "the prompt is empty"
+        entries = self.num_tokens * (3 + (self.sampling.prompt_logprobs or 0))  # a token: three
+        if self.scores_prompt and entries > MAX_LOGPROBS:
+            return f"prompt_logprobs of {self.num_tokens} tokens do not fit a message"
+        return None
 
     def blocks(self) -> Blocks:
         """The block table as an array; a call copies only what has come since the last one."""

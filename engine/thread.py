@@ -12,7 +12,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from engine.batch import Batch, StepOutput
 from engine.sequence import Sequence
+from engine.step_sums import StepTimes
 from protocol.sampling import Grammar, SamplingParams
+
+FORGET = 0.99  # what a step makes of the longest before it: some stall is no measure for ever
 
 
 class Runs(Protocol):
@@ -52,9 +55,10 @@ class EngineThread:
             registry=registry,
             buckets=(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2),
         )
+        self.steps = StepTimes()
         self._started: float | None = None  # time.perf_counter() of the running step's start
         self._ended = 0.0  # and of the last step's end
-        self.longest = 0.0  # seconds of the longest step that has ended
+        self.longest = 0.0  # seconds of the longest step of late
         self._last_sequences: set[Sequence] = set()  # of the last step
         self._prompt_tokens = Counter(
             "kvferry_prompt_tokens_computed",
@@ -103,13 +107,16 @@ class EngineThread:
 
     def _time(self, batch: Batch, started: float) -> None:
         sequences = {row.sequence for row in batch.rows}
+        began = started
         if not sequences.isdisjoint(self._last_sequences):
-            self._phase_seconds.labels("gap").observe(started - self._ended)
+            began = self._ended  # the gap is part of what each token of a sequence takes
+            self._phase_seconds.labels("gap").observe(started - began)
         for phase, seconds in self._engine.phase_seconds.items():
             self._phase_seconds.labels(phase).observe(seconds)
         self._last_sequences, self._ended = sequences, time.perf_counter()
         self._seconds.observe(self._ended - started)
-        self.longest = max(self.longest, self._ended - started)
+        self.steps.add(batch, self._ended - began)
+        self.longest = max(FORGET * self.longest, self._ended - started)
 
     def _count(self, batch: Batch) -> None:
         for row in batch.rows:

@@ -96,9 +96,9 @@ class AutoTransport:
 
 
 def auto_factory(
-    rows: Tensor, host: str, cluster_key: bytes | None = None
+    rows: Tensor, host: str, port: int = 0, cluster_key: bytes | None = None
 ) -> Callable[[], AnyTransport]:
     """What a TransferThread calls: both for an arena in this host's memory, else UCX."""
     if rows.is_cuda or not hasattr(os, "memfd_create"):
-        return UCXTransport.factory(host, cluster_key=cluster_key)
-    return lambda: AutoTransport(UCXTransport(host, cluster_key=cluster_key), MemoryTransport(rows))
+        return UCXTransport.factory(host, port, cluster_key)
+    return lambda: AutoTransport(UCXTransport(host, port, cluster_key), MemoryTransport(rows))

@@ -10,8 +10,10 @@ each position. A message that no grant covers is taken off the wire unread and c
     duplicate       a position that has been received, or is being received
     not_adjacent    scattered blocks that do not fit a staging slot
 
-A message stays unclaimed on the wire while ``max_in_flight`` others are under way or no staging
-slot is free: that is the back-pressure.
+A message stays unclaimed on the wire while ``max_in_flight`` others are under way: that is the
+back-pressure. What one sender has under way is less than what is left free, of messages and of
+staging slots (the dynamic threshold of Choudhury and Hahne, 1998); the rest of what it has offered
+waits here. So a frozen sender leaves half of what it found to the others.
 
 ``close`` forbids new receives at once, and ``GrantClosed`` follows when none is under way; only
 then may the blocks be used again. If a receive takes longer than ``stall`` seconds, or those of a
@@ -43,9 +45,21 @@ from kvtransfer.wire import Tag, is_run
 
 
 @dataclass(slots=True)
+class _Sender:
+    """Who sends under some open grants, and what it may not have begun yet."""
+
+    num_grants: int = 0
+    under_way: int = 0  # messages not yet reported
+    slots: int = 0  # staging slots they hold
+    waiting: deque[tuple[Message, Tag]] = field(default_factory=deque)  # oldest first
+
+
+@dataclass(slots=True)
 class _Grant:
     blocks: Sequence[int]
-    taken: set[int] = field(default_factory=set)  # positions received or under way
+    sender_name: bytes
+    sender: _Sender
+    taken: set[int] = field(default_factory=set)  # positions received, under way or waiting
     under_way: int = 0  # messages not yet reported
     closing: bool = False
 
@@ -83,6 +97,7 @@ class Receiver:
         self._staging = Staging(arena, config.staging_slots, config.staging_bytes)
         self._nowhere = np.empty(0, np.uint8)  # too short for any message: nothing is written
         self._grants: dict[int, _Grant] = {}
+        self._senders: dict[bytes, _Sender] = {}  # those of the grants
         self._closing: dict[int, float] = {}  # grants with receives under way: since when
         self._receiving: list[_Receiving] = []  # oldest first
         self._refusing: list[Operation] = []
@@ -93,10 +108,12 @@ class Receiver:
         """Whether any message is under way."""
         return bool(self._receiving or self._refusing or self._landed)
 
-    def open(self, grant_id: int, blocks: Sequence[int]) -> None:
-        """Let position ``i`` of the grant be received into ``blocks[i]``."""
+    def open(self, grant_id: int, blocks: Sequence[int], sender_name: bytes) -> None:
+        """Let position ``i`` of the grant be received into ``blocks[i]``, from one sender."""
         assert grant_id not in self._grants, f"grant {grant_id} opened twice"
-        self._grants[grant_id] = _Grant(blocks)
+        sender = self._senders.setdefault(sender_name, _Sender())
+        sender.num_grants += 1
+        self._grants[grant_id] = _Grant(blocks, sender_name, sender)
         self._counters.open_grants = len(self._grants)
 
     def close(self, grant_id: int) -> None:
@@ -105,6 +122,7 @@ class Receiver:
         if grant is not None and not grant.closing:
             grant.closing = True
             self._closing[grant_id] = self._clock()
+            self._refuse_waiting(grant_id, grant.sender)
             self._close_if_idle(grant_id, grant)
 
     def step(self) -> bool:
@@ -135,23 +153,55 @@ class Receiver:
         return bool(ended)
 
     def _accept(self) -> bool:
-        accepted = False
-        while self._has_room() and (message := self._transport.probe()) is not None:
-            accepted = True
+        """Claim what has arrived, and begin what the senders' shares allow."""
+        moved = self._begin_waiting()
+        while self._num_free > 0 and (message := self._transport.probe()) is not None:
+            moved = True
             tag = Tag.unpack(message.tag)
             reason = self._objection(tag, message)
             if reason is None:
-                self._receive(message, tag)
+                grant = self._grants[tag.grant_id]
+                grant.taken.update(range(tag.first, tag.first + tag.count))
+                grant.sender.waiting.append((message, tag))
+                self._begin(grant.sender)
             else:
-                self._refusing.append(self._transport.receive(message, self._nowhere))
-                refused = self._counters.refused
-                refused[reason] = refused.get(reason, 0) + 1
-                self._report(MessageRefused(tag.grant_id, reason))
-        return accepted
+                self._refuse(message, tag, reason)
+        return moved
 
-    def _has_room(self) -> bool:
+    @property
+    def _num_free(self) -> int:
+        """Messages that may still be begun."""
         under_way = len(self._receiving) + len(self._refusing) + len(self._landed)
-        return under_way < self._config.max_in_flight and self._staging.num_free > 0
+        return self._config.max_in_flight - under_way
+
+    def _begin_waiting(self) -> bool:
+        begun = [self._begin(sender) for sender in self._senders.values() if sender.waiting]
+        return any(begun)
+
+    def _begin(self, sender: _Sender) -> bool:
+        """Receive what waits of one sender, up to its share; whether there was any."""
+        begun = False
+        while sender.waiting and sender.under_way < self._num_free:
+            message, tag = sender.waiting[0]
+            if not self._receive(message, tag):
+                break
+            sender.waiting.popleft()
+            begun = True
+        return begun
+
+    def _refuse(self, message: Message, tag: Tag, reason: str) -> None:
+        self._refusing.append(self._transport.receive(message, self._nowhere))
+        self._counters.refused[reason] = self._counters.refused.get(reason, 0) + 1
+        self._report(MessageRefused(tag.grant_id, reason))
+
+    def _refuse_waiting(self, grant_id: int, sender: _Sender) -> None:
+        """Take what waits for a closing grant off the wire."""
+        waiting, sender.waiting = sender.waiting, deque()
+        for message, tag in waiting:
+            if tag.grant_id == grant_id:
+                self._refuse(message, tag, "closing_grant")
+            else:
+                sender.waiting.append((message, tag))
 
     def _objection(self, tag: Tag, message: Message) -> str | None:
         if tag.grant_id not in self._grants:
@@ -174,22 +224,26 @@ class Receiver:
             return "not_adjacent"
         return None
 
-    def _receive(self, message: Message, tag: Tag) -> None:
+    def _receive(self, message: Message, tag: Tag) -> bool:
+        """Begin to receive, unless that takes a staging slot that the sender may not have."""
         grant = self._grants[tag.grant_id]
-        positions = range(tag.first, tag.first + tag.count)
-        blocks, slot = grant.blocks[tag.first : positions.stop], None
+        blocks, slot = grant.blocks[tag.first : tag.first + tag.count], None
         buffer: Buffer | Rows
         if message.in_place:
             buffer = Rows(self._arena.bytes, blocks)
         elif is_run(blocks):
             buffer = self._arena.run(blocks)
-        else:
+        elif grant.sender.slots < self._staging.num_free:
             slot = self._staging.acquire()
+            grant.sender.slots += 1
             buffer = self._staging.buffer(slot, tag.count)
-        grant.taken.update(positions)
+        else:
+            return False
         grant.under_way += 1
+        grant.sender.under_way += 1
         operation = self._transport.receive(message, buffer)
         self._receiving.append(_Receiving(operation, tag, blocks, slot, self._clock()))
+        return True
 
     def _land(self) -> bool:
         """Put one message's blocks in place and report them."""
@@ -206,28 +260,31 @@ class Receiver:
             elif digests is None:
                 digests = self._arena.digests(receiving.blocks)
             self._report(BlocksReceived(tag.grant_id, tag.first, digests))
-        if receiving.slot is not None:
-            self._staging.release(receiving.slot)
-        self._end(tag.grant_id, grant)
+        self._end(receiving, grant)
         return True
 
     def _lose(self, receiving: _Receiving, reason: str) -> None:
         tag, grant = receiving.tag, self._grants[receiving.tag.grant_id]
-        if receiving.slot is not None:
-            self._staging.release(receiving.slot)
         grant.taken.difference_update(range(tag.first, tag.first + tag.count))
         self._counters.failed_receives += 1
         self._report(ReceiveFailed(tag.grant_id, reason))
-        self._end(tag.grant_id, grant)
+        self._end(receiving, grant)
 
-    def _end(self, grant_id: int, grant: _Grant) -> None:
+    def _end(self, receiving: _Receiving, grant: _Grant) -> None:
+        if receiving.slot is not None:
+            self._staging.release(receiving.slot)
+            grant.sender.slots -= 1
         grant.under_way -= 1
+        grant.sender.under_way -= 1
         if grant.closing:
-            self._close_if_idle(grant_id, grant)
+            self._close_if_idle(receiving.tag.grant_id, grant)
 
     def _close_if_idle(self, grant_id: int, grant: _Grant) -> None:
         if grant.under_way == 0:
             del self._grants[grant_id]
             self._closing.pop(grant_id, None)
+            grant.sender.num_grants -= 1
+            if not grant.sender.num_grants:
+                del self._senders[grant.sender_name]
             self._counters.open_grants = len(self._grants)
             self._report(GrantClosed(grant_id))

@@ -85,16 +85,17 @@ class TransferThread:
         """Seconds since the thread last began a round of its loop, beyond what it may sleep."""
         return max(0.0, time.monotonic() - self._round - NAP)
 
-    def open_grant(self, grant_id: int, blocks: Sequence[int]) -> None:
+    def open_grant(self, grant_id: int, blocks: Sequence[int], sender: bytes = b"") -> None:
         """Let position ``i`` of the grant be written into ``blocks[i]``.
 
-        ``grant_id`` is 1 .. 2**32 - 1, hard to guess, and not in use. Raises ValueError.
+        ``grant_id`` is 1 .. 2**32 - 1, hard to guess, and not in use. Grants of one ``sender``,
+        under any name, share its part of what may be under way. Raises ValueError.
         """
         if not 0 < grant_id <= MAX_GRANT_ID or len(blocks) > MAX_POSITIONS:
             raise ValueError(f"grant {grant_id} of {len(blocks)} blocks is out of range")
         self._check(blocks)
         owned = list(blocks)
-        self._command(lambda: self._receiver.open(grant_id, owned))
+        self._command(lambda: self._receiver.open(grant_id, owned, sender))
 
     def close_grant(self, grant_id: int) -> None:
         """Write no more under the grant; ``GrantClosed`` says when its blocks are free."""

@@ -1,17 +1,28 @@
-"""Fits the latency model to timed steps: least squares of relative errors, no negative term."""
+"""Fits the latency model to timed steps: weighted least squares, no negative term.
+
+Steps come one by one (``kvferry profile``: relative errors count), or as the sums that running
+workers tell with their load (``engine.step_sums``); both end in the same normal equations.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.step_sums import with_step
 from planner.latency import DecodeFit, LinearLatency, PrefillFit
+from planner.profile import Link, WorkerProfile
 from protocol.errors import ConfigError
+from protocol.messages import StepSums
 
 NUM_TERMS = 3
+FEWEST_STEPS = 20  # of either kind, for a fit to running workers
+UNTOLD = 1e-9  # smallest share of the strongest direction that tells anything
+USUAL_LINK = Link(bytes_per_second=1.25e9, latency=2e-3)  # 10 Gb/s
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +43,35 @@ def fit_latency(samples: Sequence[StepSample]) -> LinearLatency:
     """
     prefill = [s for s in samples if s.tokens and not s.batch]
     decode = [s for s in samples if s.batch and not s.tokens]
-    fixed, per_token, per_square = _solve(
-        "prefill", prefill, [(s.tokens, s.squares) for s in prefill]
+    return _model(
+        _sums("prefill", prefill, [(1, s.tokens, s.squares) for s in prefill]),
+        _sums("decode", decode, [(1, s.context, s.batch) for s in decode]),
     )
-    prefill_fit = PrefillFit(fixed=fixed, per_token=per_token, per_square=per_square)
-    fixed, per_context, per_row = _solve("decode", decode, [(s.context, s.batch) for s in decode])
-    decode_fit = DecodeFit(fixed=fixed, per_context=per_context, per_row=per_row)
-    return LinearLatency(prefill=prefill_fit, decode=decode_fit)
+
+
+def observed_profile(workers: Sequence[dict[str, Any]], link: Link = USUAL_LINK) -> WorkerProfile:
+    """What running workers tell of themselves: rows of ``GET /admin/workers``, taken as alike.
+
+    The link is not measured. Raises ConfigError while too few steps have been timed.
+    """
+    if not workers:
+        raise ConfigError("there is no worker to learn the latency model from")
+    prefill = _together([worker["load"]["prefill_steps"] for worker in workers])
+    decode = _together([worker["load"]["decode_steps"] for worker in workers])
+    for kind, sums in (("prefill", prefill), ("decode", decode)):
+        if sums.count < FEWEST_STEPS:
+            raise ConfigError(
+                f"the workers have timed {sums.count:.0f} {kind} steps: a latency model needs "
+                f"{FEWEST_STEPS}"
+            )
+    block_size = workers[0]["block_size"]
+    return WorkerProfile(
+        name="observed",
+        latency=_model(prefill, decode),
+        kv_tokens=min(worker["load"]["total_blocks"] for worker in workers) * block_size,
+        kv_bytes_per_token=max(1, workers[0]["block_bytes"] // block_size),
+        link=link,
+    )
 
 
 def relative_errors(latency: LinearLatency, samples: Sequence[StepSample]) -> NDArray[np.float64]:
@@ -48,22 +81,50 @@ def relative_errors(latency: LinearLatency, samples: Sequence[StepSample]) -> ND
     return errors
 
 
-def _solve(
-    kind: str, samples: Sequence[StepSample], work: Sequence[tuple[int, int]]
-) -> tuple[float, float, float]:
-    """Coefficients of (1, work[0], work[1]); the most negative is set to zero until none is."""
+def _sums(
+    kind: str, samples: Sequence[StepSample], work: Sequence[tuple[int, int, int]]
+) -> StepSums:
     if len(set(work)) < NUM_TERMS:
         raise ConfigError(f"a {kind} fit needs {NUM_TERMS} different steps, got {len(set(work))}")
-    seconds = np.asarray([s.seconds for s in samples])
-    if not (seconds > 0).all():
-        raise ConfigError(f"a {kind} step took no time")
-    terms = np.column_stack([np.ones(len(work)), np.asarray(work, dtype=np.float64)])
-    scale = terms.max(axis=0)  # columns of one magnitude: their squares span many otherwise
-    weighted = terms / scale / seconds[:, None]
+    sums = StepSums()
+    for sample, terms in zip(samples, work, strict=True):
+        if sample.seconds <= 0:
+            raise ConfigError(f"a {kind} step took no time")
+        relative = sample.seconds  # as the scale: errors count by their share of the time
+        sums = with_step(sums, terms, sample.seconds, relative, memory=1.0)
+    return sums
+
+
+def _together(rows: Sequence[dict[str, Any]]) -> StepSums:
+    def added(name: str) -> tuple[float, ...]:
+        return tuple(map(sum, zip(*(row[name] for row in rows), strict=True)))
+
+    count = sum(row["count"] for row in rows)
+    return StepSums(count=count, products=added("products"), totals=added("totals"))
+
+
+def _model(prefill: StepSums, decode: StepSums) -> LinearLatency:
+    fixed, per_token, per_square = _solve(prefill)
+    prefill_fit = PrefillFit(fixed=fixed, per_token=per_token, per_square=per_square)
+    fixed, per_context, per_row = _solve(decode)
+    decode_fit = DecodeFit(fixed=fixed, per_context=per_context, per_row=per_row)
+    return LinearLatency(prefill=prefill_fit, decode=decode_fit)
+
+
+def _solve(sums: StepSums) -> tuple[float, float, float]:
+    """Coefficients of the three terms; the most negative is set to zero until none is.
+
+    Where steps were too alike to tell terms apart, the smallest solution shares the time out.
+    """
+    products = np.zeros((NUM_TERMS, NUM_TERMS))
+    products[np.triu_indices(NUM_TERMS)] = sums.products
+    products = np.triu(products) + np.triu(products, 1).T
+    scale = np.sqrt(products.diagonal())  # terms of one magnitude: they span many otherwise
+    scaled, totals = products / np.outer(scale, scale), np.array(sums.totals) / scale
     kept = list(range(NUM_TERMS))
     solution = np.zeros(NUM_TERMS)
     while kept:
-        found = np.linalg.lstsq(weighted[:, kept], np.ones(len(work)), rcond=None)[0]
+        found = np.linalg.lstsq(scaled[np.ix_(kept, kept)], totals[kept], rcond=UNTOLD)[0]
         if (found >= 0).all():
             solution[kept] = found / scale[kept]
             break

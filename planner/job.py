@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from planner.workload import PREFIX_TOKENS, Request
 from protocol.sampling import SamplingParams
@@ -40,6 +41,20 @@ def new_job(number: int, request: Request, block_size: int, *, disaggregated: bo
 
     prompt = sequence()
     return Job(number, request, prompt, sequence() if disaggregated else prompt)
+
+
+def warm(pool: BlockPool, job: Job) -> None:
+    """Leave the request's cached tokens, in whole blocks, in a pool's prefix cache."""
+    num_blocks = job.request.cached_tokens // pool.block_size
+    if not num_blocks:
+        return
+    tokens = num_blocks * pool.block_size
+    names = job.sequence.block_hashes[:num_blocks]
+    earlier = Sequence("", [0] * tokens, tokens, job.sequence.sampling, block_hashes=names)
+    if pool.reserve(earlier, tokens):
+        earlier.num_computed = tokens
+        pool.publish(earlier, 0)
+        pool.release_sequence(earlier)
 
 
 def block_names(number: int, request: Request, block_size: int) -> list[bytes]:

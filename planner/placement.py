@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protocol.errors import ConfigError
 
@@ -28,6 +28,12 @@ class Placement:
             raise ConfigError("a placement has a prefill and a decode worker, or only colocated")
         if min(self.max_num_batched_tokens, self.max_num_seqs, self.block_size) < 1:
             raise ConfigError("a placement's limits must be at least 1")
+
+    def with_pools(self, prefill: int, decode: int) -> Placement:
+        """Other pools under the same limits; without prefill workers, colocated ones."""
+        if prefill:
+            return replace(self, prefill=prefill, decode=decode, colocated=0)
+        return replace(self, prefill=0, decode=0, colocated=decode)
 
     @property
     def num_workers(self) -> int:

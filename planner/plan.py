@@ -22,6 +22,7 @@ from protocol.errors import ConfigError
 
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)  # tokens of a step
 FIRST_BUDGET = 2048
+USUAL_LIMITS = Placement(colocated=1)
 MARGIN = 1.05  # by which pools must beat colocation
 MAP_FACTORS = (0.5, 1.0, 2.0)  # of both deadlines
 LONG_ENOUGH = 5  # a run's duration over the time of a median request
@@ -91,16 +92,24 @@ class Plan:
 
 
 class Planner:
-    """Finds placements of ``num_workers`` for one workload."""
+    """Finds placements of ``num_workers`` for one workload.
+
+    Of ``limits`` count the sequences of a batch and the block size.
+    """
 
     def __init__(
-        self, requests: Sequence[Request], profile: WorkerProfile, num_workers: int
+        self,
+        requests: Sequence[Request],
+        profile: WorkerProfile,
+        num_workers: int,
+        limits: Placement = USUAL_LIMITS,
     ) -> None:
         if num_workers < 1:
             raise ConfigError("a plan needs at least one worker")
         self._requests = requests
         self._profile = profile
         self._num_workers = num_workers
+        self._limits = limits
         self._candidates: dict[Placement, Candidate] = {}
 
     def plan(self, slo: Slo, *, with_map: bool = True) -> Plan:
@@ -130,7 +139,7 @@ class Planner:
 
     def best_colocated(self, slo: Slo) -> Option:
         """Colocated workers with their best budget."""
-        return self._best_budget(Placement(colocated=self._num_workers), slo)
+        return self._best_budget(self._limits.with_pools(0, self._num_workers), slo)
 
     def option(self, placement: Placement, slo: Slo) -> Option:
         """A placement's goodput and its figures there."""
@@ -140,7 +149,8 @@ class Planner:
 
     def _pools(self, prefill: int, budget: int) -> Placement:
         decode = self._num_workers - prefill
-        return Placement(prefill=prefill, decode=decode, max_num_batched_tokens=budget)
+        limits = replace(self._limits, max_num_batched_tokens=budget)
+        return limits.with_pools(prefill, decode)
 
     def _candidate(self, placement: Placement) -> Candidate:
         if placement not in self._candidates:

@@ -17,7 +17,7 @@ from typing import Literal
 from engine.block_pool import BlockPool
 from planner.clock import Clock
 from planner.decoding import LeapingDecode, ScheduledDecode
-from planner.job import Job, new_job
+from planner.job import Job, new_job, warm
 from planner.outcome import Outcome
 from planner.placement import Placement
 from planner.profile import WorkerProfile
@@ -37,17 +37,20 @@ def simulate(
     *,
     detail: Detail = "fast",
     route: Callable[[Placement, WorkerProfile], Route] | None = None,
+    elastic: bool = False,
 ) -> Outcome:
     """Run every request to its end.
 
     ``requests`` come in order of arrival and are read one at a time. ``route`` replaces the
-    router's policy. Raises ConfigError when a worker's KV does not hold a single block.
+    router's policy; with ``elastic`` every worker can serve in both roles, all of them are
+    numbered as one, and the route says who serves in which. Raises ConfigError when a worker's KV
+    does not hold a single block.
     """
     if profile.kv_tokens < placement.block_size:
         raise ConfigError(f"{profile.kv_tokens} tokens of KV do not hold one block")
     if route is None:
         route = RouterPolicy if detail == "exact" and not placement.colocated else LeastLoaded
-    simulation = _Simulation(placement, profile, detail, route(placement, profile))
+    simulation = _Simulation(placement, profile, detail, route(placement, profile), elastic)
     return simulation.run(requests)
 
 
@@ -55,7 +58,12 @@ class _Simulation:
     """The workers of one placement and what passes between them."""
 
     def __init__(
-        self, placement: Placement, profile: WorkerProfile, detail: Detail, route: Route
+        self,
+        placement: Placement,
+        profile: WorkerProfile,
+        detail: Detail,
+        route: Route,
+        elastic: bool,
     ) -> None:
         self._placement = placement
         self._profile = profile
@@ -80,12 +88,14 @@ class _Simulation:
                 ended=self._ended,
             )
 
-        if placement.colocated:
-            self._prefill = [worker(prefill=True, decode=True) for _ in range(placement.colocated)]
+        if placement.colocated or elastic:
+            num_workers = placement.num_workers
+            self._prefill = [worker(prefill=True, decode=True) for _ in range(num_workers)]
             self._decode = self._prefill
         else:
             self._prefill = [worker(prefill=True, decode=False) for _ in range(placement.prefill)]
             self._decode = [worker(prefill=False, decode=True) for _ in range(placement.decode)]
+        route.watch([w.pool for w in self._prefill], [w.pool for w in self._decode])
         self._link_free = [0.0] * len(self._prefill)  # when each prefill worker's link is
         self._pending: list[deque[Job]] = [deque() for _ in self._decode]  # want room in decode
 
@@ -112,7 +122,10 @@ class _Simulation:
                 return
             job = self._unplaced.popleft()
             self._where[job.number] = chosen
-            self._prefill[chosen[0]].add(job)
+            worker = self._prefill[chosen[0]]
+            assert worker.prefill is not None
+            warm(worker.prefill.pool, job)
+            worker.add(job)
 
     def _offer(self, job: Job) -> None:
         prefill, decode = self._where[job.number]

@@ -1,8 +1,9 @@
 """A simulated worker: real schedulers, an engine that only takes time.
 
 A prefill worker has a prefill half, a decode worker a decode half, a colocated worker both over
-one block pool: each of its steps carries its decode rows and, in what is left of the token
-budget, prompt chunks (chunked prefill, as in Sarathi-Serve, OSDI '24).
+one block pool: each of its steps carries its decode rows and prompt chunks, by the rule of the
+real worker's one scheduler (``engine.token_budget``; chunked prefill, as in Sarathi-Serve, OSDI
+'24).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.batch import Batch
+from engine.block_pool import BlockPool
+from engine.token_budget import prompt_budget
 from planner.clock import Clock
 from planner.decoding import Decode, DecodeWork
 from planner.job import Job
@@ -49,6 +52,13 @@ class SimulatedWorker:
         self._started = 0.0
         self._steps = 0  # of the run under way
         self._run = 0  # its number: an end that was put off belongs to a former one
+
+    @property
+    def pool(self) -> BlockPool:
+        """The blocks of both halves."""
+        half = self.prefill or self.decode
+        assert half is not None
+        return half.pool
 
     def add(self, job: Job) -> None:
         """Queue a prompt."""
@@ -90,7 +100,7 @@ class SimulatedWorker:
             if not job.asked:
                 job.asked = True
                 self._offer(job)
-        self.prefill.max_num_batched_tokens = max(1, self._budget - taken)
+        self.prefill.max_num_batched_tokens = prompt_budget(self._budget, taken)
         return self.prefill.schedule()
 
     def _seconds(self, steps: int) -> float:

@@ -22,12 +22,16 @@ _AZURE_COLUMNS = {"arrival_s", "input_tokens", "output_tokens"}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request. Equal leading ``prefix`` ids mean equal blocks of PREFIX_TOKENS tokens."""
+    """One request. Equal leading ``prefix`` ids mean equal blocks of PREFIX_TOKENS tokens.
+
+    ``cached_tokens`` of the prompt are in the cache of whichever worker prefills it.
+    """
 
     arrival: float
     prompt_tokens: int
     output_tokens: int
     prefix: tuple[int, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@
                                                        gone <──Accepted── OFFERED
 
 An event goes in, actions come out; the clock is passed in, nothing is sent or awaited here.
+``TRANSITIONS`` names what every event does in every state.
 What decode leaves unanswered (ASKED, OFFERED) is said again: a link may lose a message when its
 connection breaks, and decode answers a repetition as it answered before.
 While a prompt computes the scheduler owns its blocks; from the first token on the lease does.
@@ -15,14 +16,15 @@ the transport may still read it, whatever becomes of the request.
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, assert_never
 
 from engine.block_pool import BlockPool
-from engine.sequence import Sequence
 from prefill.handoff_events import (
     Abandon,
     Action,
     Allow,
+    Answer,
     Ask,
     Cancelled,
     Computed,
@@ -37,15 +39,9 @@ from prefill.handoff_events import (
     Tell,
     Tick,
 )
-from prefill.lease import Lease, LeaseState, UnderWay
-from prefill.terms import objection
-from protocol.errors import (
-    ContextLengthError,
-    DeadlineError,
-    InvalidRequestError,
-    ProtocolError,
-    WorkerLostError,
-)
+from prefill.lease import Lease, LeaseState
+from prefill.terms import misfit, objection
+from protocol.errors import DeadlineError, ProtocolError, WorkerLostError
 from protocol.geometry import Fingerprint
 from protocol.messages import (
     Accepted,
@@ -55,8 +51,6 @@ from protocol.messages import (
     Revoke,
 )
 
-MAX_LOGPROBS = 4_000_000  # entries of up to 16 bytes on the wire, in a message of 64 MiB
-
 
 class Handoffs:
     """All hand-offs of one prefill worker."""
@@ -65,7 +59,8 @@ class Handoffs:
         self._pool = pool
         self._fingerprint = fingerprint
         self._leases: dict[str, Lease] = {}
-        self._under_way: dict[tuple[int, int], UnderWay] = {}  # by grant id and first position
+        # Blocks that the transport may be reading, by grant id and first position.
+        self._under_way: dict[tuple[int, int], list[int]] = {}
         self.num_expired = 0
         self.num_stale = 0  # answers of decode workers about leases that are over
 
@@ -80,100 +75,68 @@ class Handoffs:
 
     def owned_blocks(self) -> list[list[int]]:
         """Block lists owned here, for ``BlockPool.check_integrity``."""
-        owned = (LeaseState.DRAINING, LeaseState.OFFERED)
-        leased = [x.sequence.block_table for x in self._leases.values() if x.state in owned]
-        return leased + [shipment.blocks for shipment in self._under_way.values()]
+        leased = (x.sequence.block_table for x in self._leases.values() if x.owns_blocks)
+        return [*leased, *self._under_way.values()]
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Advance by one event."""
+        """Advance by one event.
+
+        Raises ValueError for one that cannot be in the state of its lease.
+        """
         match event:
-            case Queued():
-                return self._queue(event)
             case Tick():
-                return [*self._expire(now), *self._repeat(now)]
-            case FromPeer():
-                return self._heard(event)
+                return self._advance_all(self._leases.values(), event, now)
             case RouterLost():
-                leases = [x for x in self._leases.values() if x.router_id == event.router_id]
-                return [action for lease in leases for action in self._drop(lease)]
+                lost = (x for x in self._leases.values() if x.router_id == event.router_id)
+                return self._advance_all(lost, event, now)
+            case FromPeer():
+                answer = event.message
+                lease = self._leases.get(answer.request_id)
+                asked = lease is not None and lease.decode.worker_id == event.worker_id
+                return self._advance(lease if asked else None, answer, now)
             case Shipped() | ShipFailed():
-                shipment = self._under_way.pop((event.grant_id, event.first))
-                self._pool.release(shipment.blocks)
-                lease = self._leases.get(shipment.request_id)
-            case _:
-                lease = self._leases.get(event.request_id)
-        return self._advance(lease, event, now) if lease is not None else []
-
-    def _heard(self, event: FromPeer) -> list[Action]:
-        message = event.message
-        lease = self._leases.get(message.request_id)
-        if lease is None or lease.decode.worker_id != event.worker_id:
-            self.num_stale += 1
-            return []
-        match message:
-            case Grant():
-                return self._granted(lease, message)
-            case GrantRefused():
-                return self._refused(lease, message)
-            case Accepted():
-                return self._accepted(lease, message)
-            case _:
-                assert_never(message)
-
-    def _advance(
-        self,
-        lease: Lease,
-        event: Ask | Computed | Shipped | ShipFailed | Cancelled,
-        now: float,
-    ) -> list[Action]:
-        match event:
-            case Ask():
-                return self._ask(lease, now)
-            case Computed():
-                return self._computed(lease, event, now)
-            case Shipped():
-                return self._shipped(lease, event, now)
-            case ShipFailed():
-                message = f"KV transfer to {lease.decode.worker_id} failed: {event.reason}"
-                return self._fail(lease, WorkerLostError.code, message)
-            case Cancelled():
-                return self._drop(lease)
+                self._pool.release(self._under_way.pop((event.grant_id, event.first)))
+                return self._advance(self._under_grant(event.grant_id), event, now)
+            case Queued() | Ask() | Computed() | Cancelled():
+                return self._advance(self._leases.get(event.request_id), event, now)
             case _:
                 assert_never(event)
 
-    def _queue(self, event: Queued) -> list[Action]:
+    def _under_grant(self, grant_id: int) -> Lease | None:
+        leases = self._leases.values()
+        return next((x for x in leases if x.grant and x.grant.grant_id == grant_id), None)
+
+    def _advance_all(
+        self, leases: Iterable[Lease], event: Tick | RouterLost, now: float
+    ) -> list[Action]:
+        return [action for lease in [*leases] for action in self._advance(lease, event, now)]
+
+    def _advance(self, lease: Lease | None, event: Event | Answer, now: float) -> list[Action]:
+        state = lease.state if lease is not None else None
+        transition = TRANSITIONS[state].get(type(event))
+        if transition is None:
+            where = f"while {state.name}" if state else "without a lease"
+            raise ValueError(f"{type(event).__name__} {where}")
+        return transition(self, lease, event, now)
+
+    # Transitions -----------------------------------------------------------------------------
+
+    def _queue(self, _: None, event: Queued, now: float) -> list[Action]:
         lease = Lease(event.sequence, event.router_id, event.decode, event.deadline)
-        assert lease.request_id not in self._leases, f"{lease.request_id} has a lease already"
         self._leases[lease.request_id] = lease
-        needed = self._pool.blocks_for(event.sequence.num_tokens)
-        if needed == 0:
-            return self._fail(lease, InvalidRequestError.code, "the prompt is empty")
-        if event.sequence.scores_prompt and not _logprobs_fit(event.sequence):
-            message = f"prompt_logprobs of {event.sequence.num_tokens} tokens do not fit a message"
-            return self._fail(lease, InvalidRequestError.code, message)
-        if needed > self._pool.num_blocks:
-            message = f"needs {needed} KV blocks, the prefill pool has {self._pool.num_blocks}"
-            return self._fail(lease, ContextLengthError.code, message)
+        error = misfit(event.sequence, self._pool)
+        if error is not None:
+            return self._fail(lease, error.code, str(error))
         # What has one token to go ends in prefill: nothing will be handed off.
         if event.sequence.num_output_tokens + 1 == event.sequence.sampling.max_tokens:
             return [Allow(lease.request_id)]
         return []
 
-    def _ask(self, lease: Lease, now: float) -> list[Action]:
-        if lease.state is not LeaseState.QUEUED:
-            return []
+    def _ask(self, lease: Lease, _: Ask, now: float) -> list[Action]:
         lease.enter(LeaseState.ASKED, now)
         return [self._question(lease, now)]
 
-    def _refused(self, lease: Lease, refusal: GrantRefused) -> list[Action]:
-        if lease.state is not LeaseState.ASKED:
-            return []
-        lease.state = LeaseState.QUEUED  # there is nothing to revoke
-        return self._fail(lease, refusal.code, refusal.message)
-
-    def _granted(self, lease: Lease, grant: Grant) -> list[Action]:
-        if lease.state is not LeaseState.ASKED:
-            return []
+    def _granted(self, lease: Lease, grant: Grant, now: float) -> list[Action]:
         num_tokens = lease.sequence.num_given_tokens
         wrong = objection(grant, lease.decode.epoch, num_tokens, self._pool.block_size)
         # Decode workers number their grants at random, each on its own.
@@ -184,17 +147,9 @@ class Handoffs:
             return self._fail(lease, ProtocolError.code, f"the grant does not fit: {wrong}")
         return [Allow(lease.request_id), *self._ship(lease)]
 
-    def _accepted(self, lease: Lease, message: Accepted) -> list[Action]:
-        grant = lease.grant
-        if lease.state is LeaseState.OFFERED and grant and grant.grant_id == message.grant_id:
-            self._end(lease)
-        else:
-            self.num_stale += 1
-        return []
-
-    def _grant_ids_in_use(self) -> set[int]:
-        leased = {lease.grant.grant_id for lease in self._leases.values() if lease.grant}
-        return leased | {grant_id for grant_id, _ in self._under_way}
+    def _refused(self, lease: Lease, refusal: GrantRefused, now: float) -> list[Action]:
+        lease.state = LeaseState.QUEUED  # there is nothing to revoke
+        return self._fail(lease, refusal.code, refusal.message)
 
     def _computed(self, lease: Lease, event: Computed, now: float) -> list[Action]:
         if not event.finished:
@@ -209,33 +164,58 @@ class Handoffs:
 
     def _shipped(self, lease: Lease, event: Shipped, now: float) -> list[Action]:
         lease.digests.update(enumerate(event.digests, start=event.first))
-        return self._offer(lease, now)
+        return []
+
+    def _shipped_late(self, lease: Lease, event: Shipped, now: float) -> list[Action]:
+        return [*self._shipped(lease, event, now), *self._offer(lease, now)]
+
+    def _ship_failed(self, lease: Lease, event: ShipFailed, now: float) -> list[Action]:
+        message = f"KV transfer to {lease.decode.worker_id} failed: {event.reason}"
+        return self._fail(lease, WorkerLostError.code, message)
+
+    def _accepted(self, lease: Lease, message: Accepted, now: float) -> list[Action]:
+        if lease.grant is None or lease.grant.grant_id != message.grant_id:
+            return self._stale(lease, message, now)
+        self._end(lease)
+        return []
+
+    def _expire(self, lease: Lease, _: Tick, now: float) -> list[Action]:
+        if now < lease.deadline:
+            return []
+        self.num_expired += 1
+        message = f"the request's deadline passed in prefill ({lease.state.name.lower()})"
+        return self._fail(lease, DeadlineError.code, message)
+
+    def _expire_or_repeat(self, lease: Lease, tick: Tick, now: float) -> list[Action]:
+        if now < lease.deadline and lease.must_repeat(now):
+            return [self._question(lease, now)]
+        return self._expire(lease, tick, now)
+
+    def _cancel(self, lease: Lease, _: Cancelled | RouterLost, now: float) -> list[Action]:
+        return self._drop(lease)
+
+    def _stale(self, lease: Lease | None, _: Answer, now: float) -> list[Action]:
+        self.num_stale += 1
+        return []
+
+    def _ignore(self, lease: Lease | None, _: Event | Answer, now: float) -> list[Action]:
+        return []
+
+    # What they share -------------------------------------------------------------------------
 
     def _ship(self, lease: Lease) -> list[Action]:
-        """Send the blocks that are complete, and at the end the last, partly filled one."""
-        grant, sequence = lease.grant, lease.sequence
-        if grant is None:
+        """Send what can be sent now."""
+        first, source, destination = lease.take_unshipped(self._pool.block_size)
+        if lease.grant is None or not source:
             return []
-        block_size = self._pool.block_size
-        skipped = grant.num_cached_tokens // block_size
-        done = lease.state is LeaseState.DRAINING
-        complete = len(sequence.block_table) if done else sequence.num_computed // block_size
-        first, last = lease.num_shipped, complete - skipped
-        if last <= first:
-            return []
-        source = sequence.block_table[skipped + first : skipped + last]
         self._pool.retain(source)
-        self._under_way[grant.grant_id, first] = UnderWay(lease.request_id, source)
-        lease.num_shipped = last
-        destination = grant.blocks[first:last]
-        return [Ship(lease.decode, grant.grant_id, first, source, destination)]
+        self._under_way[lease.grant.grant_id, first] = source
+        return [Ship(lease.decode, lease.grant.grant_id, first, source, destination)]
 
     def _offer(self, lease: Lease, now: float) -> list[Action]:
         """Hand off once every block is sent and its digest known."""
         grant = lease.grant
-        if lease.state is not LeaseState.DRAINING or grant is None:
-            return []
-        if len(lease.digests) < len(grant.blocks):
+        if grant is None or len(lease.digests) < len(grant.blocks):
             return []
         lease.enter(LeaseState.OFFERED, now)
         return [self._question(lease, now)]
@@ -243,17 +223,9 @@ class Handoffs:
     def _question(self, lease: Lease, now: float) -> Tell:
         return Tell(lease.decode, lease.question(self._fingerprint, now))
 
-    def _repeat(self, now: float) -> list[Action]:
-        overdue = [lease for lease in self._leases.values() if lease.must_repeat(now)]
-        return [self._question(lease, now) for lease in overdue]
-
-    def _expire(self, now: float) -> list[Action]:
-        actions: list[Action] = []
-        for lease in [x for x in self._leases.values() if now >= x.deadline]:
-            self.num_expired += 1
-            message = f"the request's deadline passed in prefill ({lease.state.name.lower()})"
-            actions += self._fail(lease, DeadlineError.code, message)
-        return actions
+    def _grant_ids_in_use(self) -> set[int]:
+        leased = {lease.grant.grant_id for lease in self._leases.values() if lease.grant}
+        return leased | {grant_id for grant_id, _ in self._under_way}
 
     def _fail(self, lease: Lease, code: str, message: str) -> list[Action]:
         failed = RequestFailed(request_id=lease.request_id, code=code, message=message)
@@ -272,11 +244,61 @@ class Handoffs:
 
     def _end(self, lease: Lease) -> None:
         del self._leases[lease.request_id]
-        if lease.state in (LeaseState.DRAINING, LeaseState.OFFERED):
+        if lease.owns_blocks:
             self._pool.release_sequence(lease.sequence)
 
 
-def _logprobs_fit(sequence: Sequence) -> bool:
-    """Whether a message can hold its prompt's logprobs; a token counts as three entries."""
-    entries = sequence.num_tokens * (3 + (sequence.sampling.prompt_logprobs or 0))
-    return entries <= MAX_LOGPROBS
+Transition = Callable[[Handoffs, Any, Any, float], list[Action]]
+
+_WITH_A_LEASE: Mapping[type[Event | Answer], Transition] = {
+    Cancelled: Handoffs._cancel,
+    RouterLost: Handoffs._cancel,
+    Tick: Handoffs._expire,
+    # What decode says is judged by itself: it may come late or twice, and from anybody.
+    Grant: Handoffs._ignore,
+    GrantRefused: Handoffs._ignore,
+    Accepted: Handoffs._stale,
+}
+
+# By the state of the event's lease; None: it has none, or decode's answer is to another worker's.
+# What is not here cannot happen: the scheduler, the transfer and the worker know better.
+TRANSITIONS: Mapping[LeaseState | None, Mapping[type[Event | Answer], Transition]] = {
+    None: {
+        Queued: Handoffs._queue,
+        Cancelled: Handoffs._ignore,
+        Shipped: Handoffs._ignore,
+        ShipFailed: Handoffs._ignore,
+        Grant: Handoffs._stale,
+        GrantRefused: Handoffs._stale,
+        Accepted: Handoffs._stale,
+    },
+    LeaseState.QUEUED: {
+        **_WITH_A_LEASE,
+        Ask: Handoffs._ask,
+        Computed: Handoffs._computed,
+    },
+    LeaseState.ASKED: {
+        **_WITH_A_LEASE,
+        Ask: Handoffs._ignore,
+        Computed: Handoffs._computed,
+        Grant: Handoffs._granted,
+        GrantRefused: Handoffs._refused,
+        Tick: Handoffs._expire_or_repeat,
+    },
+    LeaseState.SHIPPING: {
+        **_WITH_A_LEASE,
+        Computed: Handoffs._computed,
+        Shipped: Handoffs._shipped,
+        ShipFailed: Handoffs._ship_failed,
+    },
+    LeaseState.DRAINING: {
+        **_WITH_A_LEASE,
+        Shipped: Handoffs._shipped_late,
+        ShipFailed: Handoffs._ship_failed,
+    },
+    LeaseState.OFFERED: {
+        **_WITH_A_LEASE,
+        Accepted: Handoffs._accepted,
+        Tick: Handoffs._expire_or_repeat,
+    },
+}

@@ -14,6 +14,8 @@ from protocol.messages import (
     RequestFailed,
 )
 
+Answer = Grant | GrantRefused | Accepted
+
 # Events ------------------------------------------------------------------------------------
 
 
@@ -25,6 +27,11 @@ class Queued:
     router_id: str
     decode: PeerAddress
     deadline: float
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.sequence.request_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,7 @@ class FromPeer:
     """A decode worker's answer."""
 
     worker_id: str
-    message: Grant | GrantRefused | Accepted
+    message: Answer
 
 
 @dataclass(frozen=True, slots=True)

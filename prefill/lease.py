@@ -1,4 +1,4 @@
-"""One hand-off of a prefill worker: whose it is, how far it is, what is under way."""
+"""One hand-off of a prefill worker: whose it is and how far it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAST_REPEAT = 8.0  # it doubles up to here
 
 
 class LeaseState(Enum):
-    """Where a hand-off stands; ``prefill.handoff`` draws the transitions."""
+    """Where a hand-off stands; ``prefill.handoff`` has the transitions."""
 
     QUEUED = auto()
     ASKED = auto()
@@ -42,6 +42,11 @@ class Lease:
     def request_id(self) -> str:
         """The request's id."""
         return self.sequence.request_id
+
+    @property
+    def owns_blocks(self) -> bool:
+        """Whether the sequence's blocks are the lease's; before, they are the scheduler's."""
+        return self.state in (LeaseState.DRAINING, LeaseState.OFFERED)
 
     def enter(self, state: LeaseState, now: float) -> None:
         """Go on to a state in which decode owes an answer."""
@@ -72,18 +77,26 @@ class Lease:
             digests=[self.digests[position] for position in range(len(grant.blocks))],
         )
 
+    def take_unshipped(self, block_size: int) -> tuple[int, list[int], list[int]]:
+        """What can be sent from now on: first grant position, blocks here, blocks in decode.
+
+        Blocks that are complete, and once all is computed the last, partly filled one.
+        """
+        first, grant, sequence = self.num_shipped, self.grant, self.sequence
+        if grant is None:
+            return first, [], []
+        all_computed = self.state is LeaseState.DRAINING
+        complete = sequence.num_computed // block_size
+        last = len(sequence.block_table) if all_computed else complete
+        skipped = grant.num_cached_tokens // block_size
+        self.num_shipped = max(first, last - skipped)
+        source = sequence.block_table[skipped + first : skipped + self.num_shipped]
+        return first, source, grant.blocks[first : self.num_shipped]
+
     def must_repeat(self, now: float) -> bool:
-        """Whether decode's answer is overdue; then the next one has twice the time."""
-        if self.state not in (LeaseState.ASKED, LeaseState.OFFERED) or now < self.repeat_at:
+        """Whether the answer that decode owes is overdue; then the next one has twice the time."""
+        if now < self.repeat_at:
             return False
         self.repeat_after = min(2 * self.repeat_after, LAST_REPEAT)
         self.repeat_at = now + self.repeat_after
         return True
-
-
-@dataclass(frozen=True, slots=True)
-class UnderWay:
-    """Blocks that the transport may be reading."""
-
-    request_id: str
-    blocks: list[int]

@@ -1,8 +1,7 @@
 """Which prompts compute how many tokens in the next step. Pure policy: no tensor, no clock.
 
-A prompt waits until the pool has blocks for all of it, so a running one never lacks memory. The
-oldest running prompt is sure of half the budget and the others, shortest remainder first, share
-the rest: nobody starves, and a long prompt does not hold up short ones.
+A prompt waits until the pool has blocks for all of it, so a running one never lacks memory.
+``engine.token_budget`` says how the running ones share a step.
 
 A prompt's last ``ask_ahead`` tokens are computed only under a grant, so that prefill never
 outruns decode; ``prompts_to_offer`` names those whose grant should be asked for now.
@@ -11,12 +10,14 @@ outruns decode; ``prompts_to_offer`` names those whose grant should be asked for
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 from engine.batch import Batch, BatchRow
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from engine.step import Step
+from engine.token_budget import shares
 
 
 class PrefillScheduler:
@@ -41,6 +42,8 @@ class PrefillScheduler:
         assert self.ask_ahead > 0, "the last token must wait for its grant"
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
+        # Asked before a prompt gets blocks: one that may not start yet is passed over.
+        self.may_start: Callable[[Sequence], bool] = lambda _: True
         self._granted: set[str] = set()
         self._step = Step(pool)
 
@@ -70,22 +73,12 @@ class PrefillScheduler:
         """The next step's rows; empty when nothing may run."""
         self._start_waiting()
         ready = [(s, n) for s in self.running if (n := self._computable(s)) > 0]
-        if not ready:
-            return self._step.begin([])
-        oldest, others = ready[0], sorted(ready[1:], key=lambda entry: entry[1])
-        budget = self.max_num_batched_tokens
-        wanted_by_others = sum(tokens for _, tokens in others)
-        half = -(-budget // 2)  # rounded up: never nothing
-        shares = {oldest[0].request_id: min(oldest[1], max(half, budget - wanted_by_others))}
-        budget -= shares[oldest[0].request_id]
-        for sequence, tokens in others:
-            shares[sequence.request_id] = min(tokens, budget)
-            budget -= shares[sequence.request_id]
+        given = shares([tokens for _, tokens in ready], self.max_num_batched_tokens)
         return self._step.begin(
             [
                 BatchRow(sequence, sequence.num_computed, share)
-                for sequence, _ in ready
-                if (share := shares[sequence.request_id]) > 0
+                for (sequence, _), share in zip(ready, given, strict=True)
+                if share > 0
             ]
         )
 
@@ -117,12 +110,15 @@ class PrefillScheduler:
         return [s.block_table for s in self.running] + self._step.owned_blocks()
 
     def _start_waiting(self) -> None:
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            cacheable = 0 if sequence.scores_prompt else sequence.num_tokens - 1
-            if not self.pool.reserve(sequence, max_cached_tokens=cacheable):
+        for sequence in list(islice(self.waiting, self.max_num_seqs)):
+            if len(self.running) == self.max_num_seqs:
                 return
-            self.running.append(self.waiting.popleft())
+            if not self.may_start(sequence):
+                continue
+            if not self.pool.reserve(sequence, max_cached_tokens=sequence.num_cacheable):
+                return
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
 
     def _computable(self, sequence: Sequence) -> int:
         remaining = sequence.num_tokens - sequence.num_computed

@@ -1,8 +1,23 @@
-"""When a grant is refused, and in which words. A pure function."""
+"""When a prompt or a grant is refused, and in which words. Pure functions."""
 
 from __future__ import annotations
 
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence
+from protocol.errors import ContextLengthError, InvalidRequestError, KvferryError
 from protocol.messages import Grant
+
+
+def misfit(sequence: Sequence, pool: BlockPool) -> KvferryError | None:
+    """Why a worker with this pool can never run the prompt; None if it can."""
+    unfit = sequence.objection()
+    if unfit is not None:
+        return InvalidRequestError(unfit)
+    needed = pool.blocks_for(sequence.num_tokens)
+    if needed > pool.num_blocks:
+        message = f"needs {needed} KV blocks, the prefill pool has {pool.num_blocks}"
+        return ContextLengthError(message)
+    return None
 
 
 def objection(grant: Grant, epoch: int, num_tokens: int, block_size: int) -> str | None:

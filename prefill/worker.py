@@ -17,8 +17,10 @@ from prometheus_client.core import CounterMetricFamily, Metric
 
 from engine.batch import StepOutput
 from engine.block_pool import BlockPool
+from engine.rate import Rate
 from engine.sequence import Sequence
 from engine.thread import EngineThread
+from engine.tiers.cache import TieredCache
 from kvtransfer.events import BlocksSent, SendFailed, TransferEvent
 from kvtransfer.thread import TransferThread
 from prefill.handoff import Handoffs
@@ -41,7 +43,6 @@ from prefill.handoff_events import (
     Tick,
 )
 from prefill.metrics import PrefillMetrics
-from prefill.rate import PrefillRate
 from prefill.scheduler import PrefillScheduler
 from protocol.errors import InvalidRequestError, UnavailableError
 from protocol.geometry import Fingerprint
@@ -78,6 +79,7 @@ class PrefillWorker:
         cluster_key: bytes | None,
         send: Callable[[str, Message], None],
         metrics: PrefillMetrics,
+        tiers: TieredCache | None = None,
     ) -> None:
         self._engine = engine
         self._transfer = transfer
@@ -88,24 +90,30 @@ class PrefillWorker:
         self._cluster_key = cluster_key
         self._send = send
         self._metrics = metrics
-        self._rate = PrefillRate()
+        self._rate = Rate()
         self._leaving = False
         self._wake = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
         self._peers: dict[str, tuple[int, Client, asyncio.Task[None]]] = {}  # by worker id
         self._link_numbers = count()
+        if tiers is not None:
+            scheduler.may_start = lambda prompt: tiers.ready(prompt, self._rate.per_second)
+            tiers.on_change = self._wake.set
 
     def load(self) -> WorkerLoad:
         """What the router is told."""
         return WorkerLoad(
             max_num_seqs=self._scheduler.max_num_seqs,
+            max_num_batched_tokens=self._scheduler.max_num_batched_tokens,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
             waiting_tokens=self._scheduler.waiting_tokens,
-            prefill_tokens_per_second=self._rate.tokens_per_second,
+            prefill_tokens_per_second=self._rate.per_second,
             free_blocks=self._pool.num_free,
             total_blocks=self._pool.num_blocks,
             open_leases=self._handoffs.num_open,
+            prefill_steps=self._engine.steps.prefill,
+            decode_steps=self._engine.steps.decode,
         )
 
     def metrics(self) -> Iterator[Metric]:
@@ -163,13 +171,7 @@ class PrefillWorker:
                 log.warning("unexpected %s from router", type(message).__name__)
 
     def _queue(self, router_id: str, message: PrefillRequest) -> None:
-        sequence = Sequence(
-            message.request_id,
-            message.token_ids,
-            message.num_prompt_tokens,
-            message.sampling,
-            cache_salt=message.cache_salt,
-        )
+        sequence = Sequence.of(message)
         sequence.recomputed = sequence.num_output_tokens > 0
         self._engine.expect(message.sampling)
         self._metrics.arrived(message.request_id)
@@ -203,7 +205,7 @@ class PrefillWorker:
                 self._metrics.started(row.sequence.request_id)
             began = time.monotonic()
             output = await self._engine.run(batch)
-            self._rate.step(batch.num_tokens, time.monotonic() - began)
+            self._rate.add(batch.num_tokens, time.monotonic() - began)
             self._commit(output)
 
     def _commit(self, output: StepOutput) -> None:

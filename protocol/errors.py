@@ -6,6 +6,7 @@
     │   ├── ModelNotFoundError  404  the model named is not served here
     │   ├── RequestNotFoundError 404 no such request is on record
     │   └── WorkerNotFoundError 404  no such worker is registered
+    ├── RoleChangeRefusedError  409  the pools as they are do not allow the change
     ├── OverloadedError         429  try again later; carries ``retry_after`` seconds
     ├── UnavailableError        503  no worker can take the request now
     ├── WorkerLostError         502  a worker died or stopped answering mid-request
@@ -67,6 +68,13 @@ class WorkerNotFoundError(InvalidRequestError):
 
     status = 404
     code = "worker_not_found"
+
+
+class RoleChangeRefusedError(KvferryError):
+    """A worker cannot change its role now; the message says why."""
+
+    status = 409
+    code = "role_change_refused"
 
 
 class OverloadedError(KvferryError):
@@ -132,6 +140,7 @@ _BY_CODE: dict[str, type[KvferryError]] = {
         ModelNotFoundError,
         RequestNotFoundError,
         WorkerNotFoundError,
+        RoleChangeRefusedError,
         OverloadedError,
         UnavailableError,
         WorkerLostError,

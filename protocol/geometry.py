@@ -6,11 +6,13 @@ head_dim]``: all layers of ``block_size`` tokens, heads first, K then V.
 
 from __future__ import annotations
 
+import hashlib
+from functools import cached_property
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 KVDtype = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -52,6 +54,11 @@ class Fingerprint(BaseModel):
     weights_digest: str  # hex, over the weights' bytes (or their seed, for dummy weights)
     rope: str  # canonical text of the rotary embedding's parameters
     geometry: KVGeometry
+
+    @cached_property
+    def block_salt(self) -> bytes:
+        """Separates the block hashes of models that must not share KV; 64 bytes."""
+        return hashlib.blake2b(self.model_dump_json().encode()).digest()
 
     def difference(self, other: Fingerprint) -> str | None:
         """Name the first field that differs and both values, or None when equal."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 HASH_BYTES = 16
+KEY_BYTES = 8  # of a hash, by which a block is known where a mistake costs only time
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:
@@ -41,3 +42,8 @@ def hash_block(previous: bytes, token_ids: Sequence[int], salt: bytes) -> bytes:
     digest = hashlib.blake2b(previous, digest_size=HASH_BYTES, key=salt)
     digest.update(token_bytes(token_ids))
     return digest.digest()
+
+
+def block_key(block_hash: bytes) -> int:
+    """The first ``KEY_BYTES`` of a block's hash, little-endian."""
+    return int.from_bytes(block_hash[:KEY_BYTES], "little")

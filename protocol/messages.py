@@ -1,8 +1,9 @@
 """Every control message, and who sends it to whom.
 
-    worker → router   Register, Heartbeat, Leaving, Left, FirstToken, Tokens, RequestFailed
+    worker → router   Register, Heartbeat, Leaving, Left, FirstToken, Tokens, RequestFailed,
+                      CacheChanges
     router → worker   Registered, RegistrationRefused, RegisterAgain, RouterHeartbeat, Drain,
-                      PrefillRequest, Cancel
+                      ChangeRole, PrefillRequest, GenerateRequest, Cancel, SendCache
     prefill → decode  GrantRequest, Handoff, Revoke
     decode → prefill  Grant, GrantRefused, Accepted
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,7 +28,7 @@ from pydantic import (
 )
 
 from protocol.geometry import Fingerprint
-from protocol.hashing import token_bytes, tokens_from_bytes
+from protocol.hashing import KEY_BYTES, token_bytes, tokens_from_bytes
 from protocol.sampling import SamplingParams, TokenLogprobs
 
 Role = Literal["prefill", "decode"]
@@ -50,10 +52,22 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class StepSums(Message):
+    """Sums over a worker's steps of one kind, older ones forgotten, for ``engine.step_sums``.
+
+    x is a step's work, three numbers, and y its seconds, both divided by the step's scale.
+    """
+
+    count: float = 0.0
+    products: tuple[float, ...] = (0.0,) * 6  # of x·xᵀ, the upper triangle row by row
+    totals: tuple[float, ...] = (0.0,) * 3  # of x·y
+
+
 class WorkerLoad(Message):
     """What a worker tells of its load with each heartbeat."""
 
     max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0  # tokens of a step
     num_promised: int = 0  # decode: sequences that were granted or wait for it, and have not ended
     num_running: int = 0
     num_waiting: int = 0
@@ -63,6 +77,8 @@ class WorkerLoad(Message):
     total_blocks: int = 0
     open_grants: int = 0
     open_leases: int = 0
+    prefill_steps: StepSums = StepSums()  # of prompt chunks alone
+    decode_steps: StepSums = StepSums()  # of decode rows alone
 
 
 class PeerAddress(Message):
@@ -75,7 +91,7 @@ class PeerAddress(Message):
 
 
 class Register(Message):
-    """A worker joins (again). Its epoch is new at every start of its process.
+    """A worker joins (again). Its epoch is new at every start of its process and in every role.
 
     ``session`` counts how often it has dropped all of this router's work: a registration of the
     same epoch and session changes nothing.
@@ -140,15 +156,55 @@ class Heartbeat(Message):
 
 
 class Leaving(Message):
-    """The worker takes no new work and ends what it has."""
+    """The worker takes no new work and ends what it has; it may come back in ``next_role``."""
+
+    next_role: Role | None = None
 
 
 class Left(Message):
-    """The worker ends; what it still has must go on elsewhere."""
+    """The worker ends, or its role does; what it still has must go on elsewhere."""
+
+    next_role: Role | None = None
 
 
 class Drain(Message):
     """The router asks the worker to leave, as SIGTERM does."""
+
+
+class ChangeRole(Message):
+    """The router asks the worker to end its work and come back in ``role``, under a new epoch.
+
+    Idempotent: another epoch's is ignored.
+    """
+
+    epoch: int  # of the worker that is meant
+    role: Role
+
+
+def _check_keys(value: bytes) -> bytes:
+    if len(value) % KEY_BYTES:
+        raise ValueError(f"block keys are not a multiple of {KEY_BYTES} bytes")
+    return value
+
+
+BlockKeys = Annotated[bytes, AfterValidator(_check_keys)]
+
+
+class CacheChanges(Message):
+    """Which KV blocks of a worker have become findable, and which no longer are.
+
+    Numbered from 0 in every session; at 0 the worker begins anew: what it told before is void.
+    Blocks go by ``protocol.hashing.block_key``. Not counted among messages about requests: a
+    router that misses one asks for all.
+    """
+
+    number: Annotated[int, Field(ge=0)]
+    stored: BlockKeys
+    evicted: BlockKeys
+
+
+class SendCache(Message):
+    """The router has missed a CacheChanges: begin anew."""
 
 
 class Continuation(Message):
@@ -178,17 +234,24 @@ class PrefillRequest(Continuation):
     decode: PeerAddress
 
 
+class GenerateRequest(Continuation):
+    """To decode: compute the tokens' KV as well, and generate. Nothing is handed off."""
+
+
 Account = dict[str, Annotated[float, Field(ge=0)]]  # what a worker did just before: seconds of each
 
 
 class FirstToken(Message):
-    """Token ``index`` of a request's output. With a finish reason nothing is handed off."""
+    """Token ``index`` of a request's output, by the worker that computed its prompt.
+
+    With a finish reason it is the last one, and nothing is handed off.
+    """
 
     request_id: str
     index: int
     token_id: int
     finish_reason: FinishReason | None
-    num_cached_tokens: int  # prompt tokens that prefill found in its cache
+    num_cached_tokens: int  # prompt tokens that the worker found in its cache
     logprobs: TokenLogprobs | None = None  # of this token, if the request asks
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # of the prompt's; the first: None
     account: Account = {}

@@ -12,9 +12,12 @@ from pydantic import ValidationError
 from protocol.errors import ProtocolError
 from protocol.messages import (
     Accepted,
+    CacheChanges,
     Cancel,
+    ChangeRole,
     Drain,
     FirstToken,
+    GenerateRequest,
     Grant,
     GrantRefused,
     GrantRequest,
@@ -31,6 +34,7 @@ from protocol.messages import (
     RequestFailed,
     Revoke,
     RouterHeartbeat,
+    SendCache,
     Tokens,
 )
 
@@ -48,11 +52,15 @@ _KINDS: dict[bytes, type[Message]] = {
         Leaving,
         Left,
         Drain,
+        ChangeRole,
         PrefillRequest,
+        GenerateRequest,
         FirstToken,
         Tokens,
         RequestFailed,
         Cancel,
+        CacheChanges,
+        SendCache,
         GrantRequest,
         Grant,
         GrantRefused,

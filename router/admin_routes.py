@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -10,11 +9,13 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
-from protocol.errors import InvalidRequestError
 from router.activity import SHORTEST, Objective
 from router.generation import Generator
 from router.metrics import RouterMetrics
+from router.pool_routes import pool_routes
+from router.queries import number
 from router.service_discovery import scrape_targets
+from router.what_if_routes import Predictor, what_if_routes
 
 DEFAULT_TTFT = 1.0  # seconds
 DEFAULT_TPOT = 0.1
@@ -22,9 +23,13 @@ LIST_LIMIT = 50  # rows of each list, unless asked otherwise
 MAX_LIST_LIMIT = 1000
 
 
-def admin_routes(model: str, generator: Generator, metrics: RouterMetrics) -> APIRouter:
+def admin_routes(
+    model: str, generator: Generator, metrics: RouterMetrics, predict: Predictor
+) -> APIRouter:
     """Everything under ``/admin``."""
     routes = APIRouter(prefix="/admin")
+    routes.include_router(what_if_routes(generator, metrics.workload, predict))
+    routes.include_router(pool_routes(generator))
 
     @routes.get("/workers")
     async def workers() -> Response:
@@ -41,15 +46,15 @@ def admin_routes(model: str, generator: Generator, metrics: RouterMetrics) -> AP
     @routes.get("/overview")
     async def overview(request: Request) -> Response:
         objective = Objective(
-            _number(request, "ttft", DEFAULT_TTFT, least=SHORTEST),
-            _number(request, "tpot", DEFAULT_TPOT, least=SHORTEST),
+            number(request, "ttft", DEFAULT_TTFT, least=SHORTEST),
+            number(request, "tpot", DEFAULT_TPOT, least=SHORTEST),
         )
-        after = int(_number(request, "after", 0, least=0))
+        after = int(number(request, "after", 0, least=0))
         return JSONResponse(_overview(model, generator, metrics, objective, after))
 
     @routes.get("/requests")
     async def requests(request: Request) -> Response:
-        limit = min(int(_number(request, "limit", LIST_LIMIT, least=1)), MAX_LIST_LIMIT)
+        limit = min(int(number(request, "limit", LIST_LIMIT, least=1)), MAX_LIST_LIMIT)
         now = time.monotonic()
         lists = {
             "running": metrics.log.running(limit),
@@ -77,22 +82,9 @@ def _overview(
     return {
         "model": model,
         "not_ready_reason": generator.not_ready_reason(),
+        "colocated": generator.colocated,
         "workers": generator.workers(),
         "stages": metrics.log.stages(),
         "window": metrics.activity.present(objective, now),
         "history": metrics.activity.history(objective, after, now),
     }
-
-
-def _number(request: Request, name: str, default: float, *, least: float) -> float:
-    """A finite number of the query. Raises InvalidRequestError."""
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not least <= number < math.inf:
-        raise InvalidRequestError(f"{name} is {text!r}, not a number of at least {least:g}", name)
-    return number

@@ -1,6 +1,6 @@
 """Which request starts next, on which workers, and which one is turned away.
 
-    arrival ──room on a prefill and a decode worker──────────────────────> started
+    arrival ──room on its workers────────────────────────────────────────> started
        │                                                                   ^    │
        ├──its wait is forecast to be too long, or the router is full: 429  │    │
        └──> queue, in turns by API key ──room──────────────────────────────┘    │
@@ -8,7 +8,7 @@
               └──waited too long, or pushed out by a client with less: 429      │
     resumed, before all others  <──the attempt failed or its worker is gone─────┘
 
-Joint: a request starts only when both workers of its pair have room for it, so that nothing is
+Joint: a request starts only when all of its workers have room for it, so that nothing is
 computed that decode cannot take. Pure state: the clock is passed in, nothing is sent here.
 """
 
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 from protocol.errors import OverloadedError
 from router.capacity import Demand, queued_tokens, takes_sequence
+from router.disaggregation import Disaggregation
 from router.fair_queue import FairQueue
 from router.forecast import Forecast
 from router.metrics import QueueMetrics
-from router.policy import Pair, check_serving, choose_pair
+from router.policy import Pair
 from router.registry import Registry
 from router.running import Running
 
@@ -45,12 +46,14 @@ class Admission:
         self,
         registry: Registry,
         metrics: QueueMetrics,
+        disaggregation: Disaggregation,
         *,
         max_queue_time: float,
         max_num_requests: int,
     ) -> None:
         self._registry = registry
         self._metrics = metrics
+        self._disaggregation = disaggregation
         self._max_queue_time = max_queue_time
         self._longest_forecast = MARGIN * max_queue_time
         self._max_num_requests = max_num_requests
@@ -73,9 +76,10 @@ class Admission:
 
         Raises OverloadedError when it cannot start in time, UnavailableError without workers.
         """
-        check_serving(self._registry)
+        self._disaggregation.check(self._registry)
         client, demand = running.request.client, self._demand(running)
-        must_wait = self.num_waiting > 0 or choose_pair(self._registry, demand) is None
+        has_room = self._disaggregation.choose(self._registry, demand) is not None
+        must_wait = self.num_waiting > 0 or not has_room
         if must_wait and self._wait(running) > self._longest_forecast:
             raise self.overloaded("forecast", running)
         pushed_out = None
@@ -96,10 +100,10 @@ class Admission:
         """Start the request whose turn it is; None while it must wait."""
         for running in self._resumed:
             avoid, demand = running.lifecycle.avoid, self._demand(running)
-            pair = choose_pair(self._registry, demand, avoid)
+            pair = self._disaggregation.choose(self._registry, demand, avoid)
             if pair is None:
                 return None
-            tried = {pair.prefill.worker_id, pair.decode.worker_id} & avoid
+            tried = {worker.worker_id for worker in pair.workers} & avoid
             if not tried or now - running.waiting_since >= SAME_AGAIN:
                 self._resumed.remove(running)
                 return self._start(running, pair, demand, now)
@@ -107,7 +111,7 @@ class Admission:
         if head is None:
             return None
         demand = self._demand(head)
-        pair = choose_pair(self._registry, demand)
+        pair = self._disaggregation.choose(self._registry, demand)
         if pair is None:
             return None
         return self._start(self._queue.pop(), pair, demand, now)
@@ -142,12 +146,13 @@ class Admission:
     def _demand(self, running: Running) -> Demand:
         prompt = len(running.request.prompt_token_ids)
         output = self._forecast.output(running.request.sampling.max_tokens)
-        return Demand(running.num_tokens, max(prompt + output, running.num_tokens + 1))
+        expected = max(prompt + output, running.num_tokens + 1)
+        return Demand(running.num_tokens, expected, running.prefix)
 
     def _wait(self, like: Running) -> float:
         """Seconds until a request like this one would start if it came now."""
         ahead = [*self._resumed, *self._queue.ahead_of(like.request.client)]
-        demand, prefills = self._demand(like), self._registry.serving("prefill")
+        demand, prefills = self._demand(like), self._disaggregation.prompt_pool(self._registry)
         has_place = any(takes_sequence(w, demand) for w in self._registry.serving("decode"))
         return self._forecast.wait(
             num_ahead=len(ahead),

@@ -110,7 +110,7 @@ class ChatShape:
         if piece.tool_calls:
             message["content"] = piece.text or None
             message["tool_calls"] = [
-                {"id": _call_id(), "type": "function", "function": _function(call)}
+                {"id": call_id(), "type": "function", "function": _function(call)}
                 for call in piece.tool_calls
             ]
         logprobs = self._logprobs(piece.scored)
@@ -151,7 +151,7 @@ def best(pieces: Sequence[Piece], count: int) -> list[Piece]:
 
 
 def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
-    first = {"id": _call_id(), "type": "function"} if call.name is not None else {}
+    first = {"id": call_id(), "type": "function"} if call.name is not None else {}
     return {"index": call.index, **first, "function": _function(call)}
 
 
@@ -160,7 +160,7 @@ def _function(call: ToolCallDelta) -> dict[str, Any]:
     return {**name, "arguments": call.arguments}
 
 
-def _call_id() -> str:
+def call_id() -> str:
     """Nine letters or digits: the only form that the chat templates of Mistral's models take."""
     return secrets.token_hex(5)[:9]
 

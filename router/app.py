@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -18,19 +19,24 @@ from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from protocol.errors import InvalidRequestError
 from router import http_errors
 from router.admin_routes import admin_routes
 from router.api_keys import ApiKeys
 from router.body import read_body
+from router.chunks import Chunks
 from router.console_page import console_routes
+from router.event_stream import EventStream
 from router.generation import Generator
 from router.intake import Intake
 from router.metrics import RouterMetrics
 from router.openapi import description
+from router.responses_routes import responses_routes
 from router.schema_base import Body
 from router.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from router.stream import EventStream, Job, run, while_connected, whole_answer
+from router.stream import Job, run, while_connected, whole_answer
 from router.text import TextModel
+from router.what_if_routes import Predictor
 
 B = TypeVar("B", bound=Body)
 
@@ -46,9 +52,16 @@ class RouterSettings:
 
 
 def create_app(
-    settings: RouterSettings, text: TextModel, generator: Generator, registry: CollectorRegistry
+    settings: RouterSettings,
+    text: TextModel,
+    generator: Generator,
+    registry: CollectorRegistry,
+    predict: Predictor,
 ) -> FastAPI:
-    """The application. It keeps no state but ``registry``'s series and what the console shows."""
+    """The application. It keeps no state but ``registry``'s series and what the console shows.
+
+    ``predict`` answers the console's "what if".
+    """
     metrics = RouterMetrics(registry)
     intake = Intake(settings.served_model_name, text, generator)
     app = FastAPI(openapi_url=None, redirect_slashes=False)
@@ -58,7 +71,10 @@ def create_app(
     app.include_router(console_routes())
     app.include_router(_api_routes(settings, intake, generator, metrics), dependencies=guarded)
     app.include_router(_token_routes(settings, intake, text, generator), dependencies=guarded)
-    admin = admin_routes(settings.served_model_name, generator, metrics)
+    read = partial(_read, settings=settings)
+    responses = responses_routes(read, intake, generator, metrics)
+    app.include_router(responses, dependencies=guarded)
+    admin = admin_routes(settings.served_model_name, generator, metrics, predict)
     app.include_router(admin, dependencies=guarded)
     return app
 
@@ -75,7 +91,8 @@ def _open_routes(generator: Generator, registry: CollectorRegistry) -> APIRouter
     @routes.get("/ready")
     async def ready() -> Response:
         reason = generator.not_ready_reason()
-        return JSONResponse({"ready": reason is None, "reason": reason}, 503 if reason else 200)
+        content = {"ready": reason is None, "reason": reason, "colocated": generator.colocated}
+        return JSONResponse(content, 503 if reason else 200)
 
     @routes.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -102,7 +119,7 @@ def _api_routes(
             content = await while_connected(request.receive, whole_answer(job, pieces))
             return JSONResponse(content)
         first = await while_connected(request.receive, anext(pieces))
-        return EventStream(job, first, pieces, metrics)
+        return EventStream(Chunks(job), first, pieces, metrics)
 
     @routes.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -113,6 +130,10 @@ def _api_routes(
     async def chat_completions(request: Request) -> Response:
         body = await _read(request, ChatBody, settings)
         return await answer(request, await intake.chat(body))
+
+    @routes.post("/v1/embeddings")
+    async def embeddings() -> Response:
+        raise InvalidRequestError("this server generates text only: it has no embeddings")
 
     def model() -> dict[str, Any]:
         return {

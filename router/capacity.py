@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from router.cached_blocks import PrefixKeys, no_prefix
 from router.registry import Assignment, Worker
 
-LOOK_AHEAD = 0.5  # seconds of work that a prefill worker is given in advance
-MIN_PROMPTS = 2  # that it may always have: prefill shares a step between a long and a short one
+LOOK_AHEAD = 0.5  # seconds of prompts that a worker is given in advance
+MIN_PROMPTS = 2  # that it may always have: a step is shared between a long and a short one
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,26 +22,43 @@ class Demand:
 
     num_tokens: int
     expected_tokens: int
+    prefix: PrefixKeys = no_prefix
 
 
-def queued_tokens(prefill: Worker) -> int:
-    """Tokens that a prefill worker has yet to compute.
+def cached_tokens(worker: Worker, demand: Demand) -> int:
+    """Leading tokens of the demand whose KV the worker holds, in whole blocks."""
+    fingerprint = worker.info.fingerprint
+    return worker.cached.leading(demand.prefix(fingerprint)) * fingerprint.geometry.block_size
+
+
+def uncached_tokens(worker: Worker, demand: Demand) -> int:
+    """The rest of the demand's tokens: at least the last one."""
+    return demand.num_tokens - cached_tokens(worker, demand)
+
+
+def queued_tokens(worker: Worker) -> int:
+    """Prompt tokens that a worker of either role has yet to compute.
 
     Two upper bounds, of which the first knows at once what ended and the second how far a prompt
     has come.
     """
-    unreported = sum(a.num_tokens for a in prefill.assigned.values() if not a.reported)
+    unreported = sum(a.prompt_tokens for a in worker.assigned.values() if not a.reported)
     return min(
-        prefill.assigned_tokens + prefill.foreign_tokens, prefill.load.waiting_tokens + unreported
+        worker.assigned_tokens + worker.foreign_tokens, worker.load.waiting_tokens + unreported
     )
 
 
-def takes_prompt(prefill: Worker) -> bool:
-    """Whether a prefill worker would soon begin another prompt. An unmeasured one would."""
-    rate = prefill.load.prefill_tokens_per_second
-    if len(prefill.assigned) < MIN_PROMPTS or rate == 0:
+def takes_prompt(worker: Worker, demand: Demand) -> bool:
+    """Whether a worker would soon begin another prompt. An unmeasured one would.
+
+    "Soon" is later where the worker holds a part of the prompt: waiting behind as many tokens as
+    it holds takes no longer than computing them elsewhere.
+    """
+    rate = worker.load.prefill_tokens_per_second
+    num_prompts = sum(a.prompt_tokens > 0 for a in worker.assigned.values())
+    if num_prompts < MIN_PROMPTS or rate == 0:
         return True
-    return queued_tokens(prefill) < LOOK_AHEAD * rate
+    return queued_tokens(worker) < LOOK_AHEAD * rate + cached_tokens(worker, demand)
 
 
 def held_sequences(decode: Worker) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -18,24 +19,26 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 
 
-def _content(value: object) -> str:
+def text_of(value: object, kinds: Sequence[str] = ("text",)) -> str:
+    """The text of a content, whose parts are of these types. Raises ValueError."""
     match value:
         case str():
             return value
         case [_, *_]:
-            return "\n".join(_text_part(part) for part in value)
+            return "\n".join(_text_part(part, kinds) for part in value)
         case _:
             raise ValueError("must be a string or a list of text parts")
 
 
-def _text_part(part: object) -> str:
+def _text_part(part: object, kinds: Sequence[str]) -> str:
     match part:
-        case {"type": "text", "text": str(text)}:
+        case {"type": str(kind), "text": str(text)} if kind in kinds:
             return text
-        case {"type": str(kind)} if kind != "text":
+        case {"type": str(kind)} if kind not in kinds:
             raise ValueError(f"has a part of type {kind!r}; only text is supported")
         case _:
-            raise ValueError('must hold parts like {"type": "text", "text": "..."}')
+            example = f'{{"type": "{kinds[0]}", "text": "..."}}'
+            raise ValueError(f"must hold parts like {example}")
 
 
 class ChatMessage(Body):
@@ -45,7 +48,7 @@ class ChatMessage(Body):
     """
 
     role: str = Field(min_length=1)
-    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=Content)] = ""
+    content: Annotated[str, BeforeValidator(text_of, json_schema_input_type=Content)] = ""
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] = Field(default_factory=list)

@@ -14,14 +14,13 @@ from prometheus_client import CollectorRegistry
 from protocol.errors import KvferryError, OverloadedError, UnavailableError, error_from_code
 from protocol.link import Server
 from protocol.messages import (
+    CacheChanges,
     Cancel,
     FirstToken,
     Heartbeat,
     Leaving,
     Left,
     Message,
-    PeerAddress,
-    PrefillRequest,
     Register,
     RequestFailed,
     Tokens,
@@ -29,6 +28,9 @@ from protocol.messages import (
 )
 from router import timeline
 from router.admission import Admission, Start
+from router.attempts import Attempts
+from router.cache_directory import CacheDirectory
+from router.disaggregation import Disaggregation
 from router.generation import GenerationRequest, TokenChunk
 from router.lifecycle import RequestLifecycle, RequestState
 from router.lifecycle_events import (
@@ -49,8 +51,8 @@ from router.lifecycle_events import (
 )
 from router.membership import Membership
 from router.metrics import DispatchMetrics, QueueMetrics
-from router.policy import check_serving
-from router.registry import Assignment, Worker
+from router.pools import Pools
+from router.registry import Worker
 from router.running import Running
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Dispatcher:
         max_num_requests: int = 1024,
         max_queue_time: float = 30.0,
         max_retries: int = 3,
+        disaggregation: Disaggregation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         router_id = secrets.token_hex(8)
@@ -86,15 +89,18 @@ class Dispatcher:
         self._request_timeout = request_timeout
         self._max_retries = max_retries
         self._members = Membership(link, router_id, self._on_lost)
+        self._caches = CacheDirectory(self._members.registry, link, metrics)
+        self._attempts = Attempts(self._members, clock)
+        self._disaggregation = disaggregation or Disaggregation()
         self._admission = Admission(
             self._members.registry,
             QueueMetrics(metrics, lambda: self._admission.num_waiting),
+            self._disaggregation,
             max_queue_time=max_queue_time,
             max_num_requests=max_num_requests,
         )
         self._running: set[Running] = set()
-        self._by_attempt: dict[str, Running] = {}
-        self._served_at = self._clock()  # when both pools were last there
+        self._served_at = self._clock()  # when all that is needed was last there
 
     # Generator -------------------------------------------------------------------------------
 
@@ -113,10 +119,15 @@ class Dispatcher:
     def not_ready_reason(self) -> str | None:
         """Why no request can be served now, or None; being full is no reason."""
         try:
-            check_serving(self._members.registry)
+            self._disaggregation.check(self._members.registry)
         except UnavailableError as error:
             return str(error)
         return None
+
+    @property
+    def colocated(self) -> bool:
+        """Whether decode workers compute all prompts themselves."""
+        return self._disaggregation.colocated(self._members.registry)
 
     def workers(self) -> list[dict[str, Any]]:
         """One row a worker."""
@@ -125,6 +136,11 @@ class Dispatcher:
     def drain(self, worker_id: str) -> dict[str, Any]:
         """Ask a worker to leave the pools; its row. Raises WorkerNotFoundError."""
         return self._members.drain(worker_id).row()
+
+    @property
+    def pools(self) -> Pools:
+        """The sizes of both pools, and their change."""
+        return self._members.pools
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yield the request's tokens; see ``router.generation.Generator``."""
@@ -162,34 +178,13 @@ class Dispatcher:
             self._place(start)
 
     def _place(self, start: Start) -> None:
-        """Begin an attempt: the prompt and what was generated so far go to prefill."""
+        """Begin an attempt."""
         running, pair = start.running, start.pair
-        request, lifecycle = running.request, running.lifecycle
-        self._handle(running, Placed(pair.prefill.worker_id, pair.decode.worker_id))
-        running.pair = pair
-        request.timeline.attempts.append((lifecycle.prefill_id, lifecycle.decode_id))
-        self._by_attempt[lifecycle.attempt_id] = running
-        token_ids = [*request.prompt_token_ids, *lifecycle.token_ids]
-        expected = start.demand.expected_tokens
-        for worker, begun in ((pair.prefill, True), (pair.decode, False)):
-            worker.assigned[lifecycle.attempt_id] = Assignment(len(token_ids), expected, begun)
-        decode = pair.decode.info
-        message = PrefillRequest(
-            request_id=lifecycle.attempt_id,
-            token_ids=token_ids,
-            num_prompt_tokens=len(request.prompt_token_ids),
-            sampling=request.sampling,
-            cache_salt=request.cache_salt,
-            decode=PeerAddress(
-                worker_id=decode.worker_id,
-                epoch=decode.epoch,
-                control=decode.control,
-                data=decode.data,
-            ),
-            timeout=max(0.0, running.deadline - self._clock()),
-        )
-        if not self._members.send(pair.prefill, message):
-            self._members.lose(pair.prefill, "it cannot be reached")
+        prefill_id = pair.prefill.worker_id if pair.prefill else None
+        self._handle(running, Placed(prefill_id, pair.decode.worker_id))
+        running.request.timeline.attempts.append((prefill_id, pair.decode.worker_id))
+        self._metrics.paths.labels(path="remote" if pair.prefill else "local").inc()
+        self._attempts.begin(start)
 
     def _shed(self, running: Running, reason: str) -> None:
         error = self._admission.overloaded(reason, running)
@@ -213,6 +208,8 @@ class Dispatcher:
         match message:
             case Register() | Heartbeat() | Leaving() | Left():
                 self._members.handle(peer, message)
+            case CacheChanges():
+                self._caches.handle(peer, message)
             case FirstToken() | RequestFailed():
                 self._from_worker(self._members.sender(peer), message)
             case Tokens():
@@ -226,7 +223,7 @@ class Dispatcher:
     def _from_worker(
         self, worker: Worker | None, message: FirstToken | TokenUpdate | RequestFailed
     ) -> None:
-        running = self._by_attempt.get(message.request_id)
+        running = self._attempts.find(message.request_id)
         if running is None or worker is None:
             self._metrics.stale.inc()
             if worker is not None and not isinstance(message, RequestFailed):  # it is still at it
@@ -262,37 +259,31 @@ class Dispatcher:
     def _on_lost(self, worker: Worker, left: bool) -> None:
         event = WorkerLeft(worker.worker_id) if left else WorkerLost(worker.worker_id)
         for running in list(self._running):
-            if running.pair is not None and worker in (running.pair.prefill, running.pair.decode):
+            if running.pair is not None and worker in running.pair.workers:
                 self._handle(running, event)
         self._start_waiting()
 
     def _handle(self, running: Running, event: Event) -> None:
-        before, attempt_id, now = (
-            running.lifecycle.state,
-            running.lifecycle.attempt_id,
-            self._clock(),
-        )
-        told = FirstToken if before is RequestState.PREFILLING else TokenUpdate
-        if isinstance(event, told):
-            running.request.timeline.account(event.account, now)
-        actions = running.lifecycle.handle(event)
-        state, pair = running.lifecycle.state, running.pair
-        if state is not before:
-            running.request.timeline.enter(STAGES[state], now)
-        if pair is not None and state is not RequestState.PREFILLING:
-            pair.prefill.end(attempt_id)
-        if pair is not None and state in (RequestState.WAITING, RequestState.ENDED):
-            pair.decode.end(attempt_id)
-            self._by_attempt.pop(attempt_id, None)
-        if pair is not None and state is RequestState.DECODING:
-            assignment = pair.decode.assigned.get(attempt_id)
-            if assignment is not None:
-                assignment.begun, assignment.num_tokens = True, running.num_tokens
-        if state is RequestState.ENDED:
+        lifecycle, times, now = running.lifecycle, running.request.timeline, self._clock()
+        before, attempt_id = lifecycle.state, lifecycle.attempt_id
+        if before is RequestState.PREFILLING and isinstance(event, FirstToken):
+            times.account(event.account, now)
+            self._caches.compare(running, event)
+        elif before is RequestState.DECODING and isinstance(event, TokenUpdate) and event.account:
+            self._handed_off(times.account(event.account, now))
+        actions = lifecycle.handle(event)
+        if lifecycle.state is not before:
+            times.enter(STAGES[lifecycle.state], now)
+        self._attempts.note(running, attempt_id)
+        if lifecycle.state is RequestState.ENDED:
             self._running.discard(running)
             self._admission.leave(running, now)
         for action in actions:
             self._do(running, action)
+
+    def _handed_off(self, seconds: float) -> None:
+        self._metrics.handoff_seconds.observe(seconds)
+        self._disaggregation.handed_off(seconds)
 
     def _do(self, running: Running, action: Action) -> None:
         match action:
@@ -301,11 +292,7 @@ class Dispatcher:
             case Fail(error):
                 running.output.put_nowait(error)
             case CancelOn(worker_id, attempt_id):
-                assert running.pair is not None
-                for worker in (running.pair.prefill, running.pair.decode):
-                    known = self._members.registry.get(worker.peer) is worker
-                    if worker.worker_id == worker_id and known:
-                        self._members.send(worker, Cancel(request_id=attempt_id))
+                self._attempts.cancel(running, worker_id, attempt_id)
             case Retry(reason):
                 log.info("request %s goes on elsewhere: %s", running.request.request_id, reason)
                 self._metrics.retries.labels(reason=reason).inc()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from protocol.sampling import SamplingParams, TokenLogprobs
+from router.pools import Pools
 from router.timeline import Timeline
 
 
@@ -32,7 +33,7 @@ class TokenChunk:
     logprobs: list[TokenLogprobs] | None = None  # one a token, if the request asks
     # On the first chunk only:
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # if it asks; the first token: None
-    num_cached_tokens: int | None = None  # prompt tokens that prefill did not compute
+    num_cached_tokens: int | None = None  # prompt tokens whose KV was not computed
 
 
 class Generator(Protocol):
@@ -50,6 +51,11 @@ class Generator(Protocol):
         """Longest prompt plus output that the workers serve, in tokens; 0 while there are none."""
         ...
 
+    @property
+    def colocated(self) -> bool:
+        """Whether decode workers compute all prompts themselves."""
+        ...
+
     def workers(self) -> list[dict[str, Any]]:
         """One row a worker, for ``GET /admin/workers``."""
         ...
@@ -58,6 +64,11 @@ class Generator(Protocol):
         """Ask a worker to leave the pools; its row. Raises WorkerNotFoundError."""
         ...
 
+    @property
+    def pools(self) -> Pools:
+        """The sizes of both pools, and their change."""
+        ...
+
     def not_ready_reason(self) -> str | None:
-        """Why requests cannot be served now, or None when both pools serve."""
+        """Why requests cannot be served now, or None when they can."""
         ...

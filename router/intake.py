@@ -64,14 +64,14 @@ class Intake:
         self.check_model(body.model)
         special = True if body.add_special_tokens is None else body.add_special_tokens
         prompts = [await self._prompt_ids(prompt, special) for prompt in body.prompt]
-        return await self._job(body, "prompt", prompts, arrived)
+        return await self._job(body, prompts, arrived)
 
     async def chat(self, body: ChatBody) -> Job:
         """The job of a chat request."""
         arrived = time.monotonic()
         self.check_model(body.model)
         prompt = await self._chat_ids(body.messages, body, bool(body.add_special_tokens))
-        return await self._job(body, "messages", [prompt], arrived)
+        return await self._job(body, [prompt], arrived)
 
     async def tokenize(self, body: TokenizeBody) -> list[int]:
         """Token ids of a text or of a chat, as the other two count them."""
@@ -102,22 +102,16 @@ class Intake:
         self._text.check_token_ids(prompt, "prompt")
         return prompt
 
-    async def _job(
-        self,
-        body: GenerationBody,
-        prompt_field: str,
-        prompts: Sequence[list[int]],
-        arrived: float,
-    ) -> Job:
+    async def _job(self, body: GenerationBody, prompts: Sequence[list[int]], arrived: float) -> Job:
         chat = isinstance(body, ChatBody)
-        answer_id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(16)}"
+        answer_id = f"{body.id_prefix}{secrets.token_hex(16)}"
         names = None if body.num_logprobs is None else self._token_bytes
         self._text.check_token_ids(body.stop_token_ids, "stop_token_ids")
         thinking = chat and any(map(self._text.is_thinking, prompts))
         grammar = await self._grammar(body, thinking=thinking)
         choices: list[Choice] = []
         for prompt in prompts:
-            max_tokens = self._max_tokens(body, prompt_field, len(prompt))
+            max_tokens = self._max_tokens(body, len(prompt))
             sampling = self._sampling(body, max_tokens, grammar)
             echo = await self._echo(body, prompt)
             seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
@@ -185,7 +179,8 @@ class Intake:
         detokenizer = self._text.detokenizer([], skip_special_tokens=body.skip_special_tokens)
         return await asyncio.to_thread(Echo.of, prompt, detokenizer)
 
-    def _max_tokens(self, body: GenerationBody, prompt_field: str, num_prompt: int) -> int:
+    def _max_tokens(self, body: GenerationBody, num_prompt: int) -> int:
+        prompt_field = body.prompt_field
         limit = self._generator.max_model_len
         if limit == 0:
             raise UnavailableError(self._generator.not_ready_reason() or "no worker serves")

@@ -9,10 +9,11 @@
 An event goes in, actions come out; nothing is sent or awaited here. ``TRANSITIONS`` names what
 every event does in every state.
 
-An attempt is one prefill and one decode worker at work on the request, under an id of its own:
-messages of a former attempt are none of the present one's. It begins with the tokens delivered
-so far, so that it goes on with the next. Its tokens come from two workers over two connections,
-so they may arrive out of order or twice: they are delivered by index, each once.
+An attempt is a prefill and a decode worker at work on the request, or a decode worker alone,
+under an id of its own: messages of a former attempt are none of the present one's. It begins with
+the tokens delivered so far, so that it goes on with the next. Its tokens come from two workers
+over two connections, so they may arrive out of order or twice: they are delivered by index, each
+once.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from router.lifecycle_events import (
 class RequestState(Enum):
     """Where a request stands; the module's docstring draws the transitions."""
 
-    WAITING = auto()  # for its turn on two workers
+    WAITING = auto()  # for its turn on workers
     PREFILLING = auto()
     DECODING = auto()
     ENDED = auto()
@@ -67,7 +68,7 @@ class RequestLifecycle:
     max_retries: int = 0
     state: RequestState = RequestState.WAITING
     token_ids: list[int] = field(default_factory=list)  # delivered
-    prefill_id: str = ""
+    prefill_id: str | None = None  # None: decode computes the prompt itself
     decode_id: str = ""
     avoid: set[str] = field(default_factory=set)  # workers on which an attempt failed
     _num_attempts: int = 0
@@ -118,9 +119,9 @@ class RequestLifecycle:
         if not event.error.retryable:
             return self._fail(event.error)
         if not isinstance(event.error, OverloadedError):
-            # A worker that can still complain is not at fault: its partner is lost.
+            # A worker that can still complain is not at fault, if it has a partner that is lost.
             partner = self.decode_id if event.worker_id == self.prefill_id else self.prefill_id
-            self.avoid.add(partner)
+            self.avoid.add(partner or event.worker_id)
         return self._try_again(event.error, event.error.code)
 
     def _lost(self, event: WorkerLost) -> list[Action]:
@@ -217,7 +218,8 @@ class RequestLifecycle:
     def _cancels(self) -> list[Action]:
         if self.state is RequestState.WAITING:
             return []
-        return [CancelOn(worker, self.attempt_id) for worker in (self.prefill_id, self.decode_id)]
+        workers = (self.prefill_id, self.decode_id)
+        return [CancelOn(worker, self.attempt_id) for worker in workers if worker is not None]
 
 
 Transition = Callable[[RequestLifecycle, Any], list[Action]]

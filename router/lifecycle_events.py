@@ -13,15 +13,15 @@ from router.generation import TokenChunk
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Two workers were chosen for the next attempt."""
+    """Workers were chosen for the next attempt. Without prefill decode computes the prompt."""
 
-    prefill_id: str
+    prefill_id: str | None
     decode_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class NoWorkers:
-    """No two workers could be found for too long."""
+    """No workers could be found for too long."""
 
     reason: str
 

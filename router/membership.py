@@ -28,6 +28,7 @@ from protocol.messages import (
     RegistrationRefused,
     RouterHeartbeat,
 )
+from router.pools import Pools
 from router.registry import Registry, Worker
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Membership:
         self, link: Server, router_id: str, on_lost: Callable[[Worker, bool], None]
     ) -> None:
         self.registry = Registry(SILENCE)
+        self.pools = Pools(self.registry, lambda worker, ask: link.send(worker.peer, ask))
         self._link = link
         self._router_id = router_id
         self._on_lost = on_lost
@@ -61,7 +63,11 @@ class Membership:
             case Heartbeat():
                 self._heartbeat(peer, message, now)
             case Leaving():
-                self.registry.leave(peer)
+                self.registry.leave(peer, message.next_role)
+            case Left(next_role=str(next_role)):
+                worker = self.registry.end_role(peer, next_role)
+                if worker is not None:
+                    self._on_lost(worker, True)
             case Left():
                 worker = self.registry.remove(peer)
                 if worker is not None:
@@ -103,6 +109,7 @@ class Membership:
                     self.lose(worker, "its connection is gone")
             for worker in self.registry.expire(time.monotonic()):
                 self._report(worker, f"silent for {SILENCE:g} s")
+            self.pools.step()
             await asyncio.sleep(HEARTBEAT_INTERVAL)
 
     def _beat(self, worker: Worker) -> bool:
@@ -117,7 +124,7 @@ class Membership:
 
     def _register(self, peer: bytes, info: Register, now: float) -> None:
         rival = self.registry.named(info.worker_id)
-        if rival is not None and rival.info.epoch != info.epoch:
+        if rival is not None and rival.peer != peer and rival.info.epoch != info.epoch:
             if self._beat(rival):
                 other = f"pid {rival.info.pid} on {rival.info.host}"
                 reason = f"another worker is registered as {info.worker_id}: {other}"
@@ -126,10 +133,13 @@ class Membership:
             self.lose(rival, "its connection is gone")
         replaced = self.registry.register(peer, info, now)
         log.info("worker %s joined as %s", info.worker_id, info.role)
-        for worker in replaced:
-            self._report(worker, "it dropped its work")
         answer = Registered(router_id=self._router_id, heartbeat_interval=HEARTBEAT_INTERVAL)
-        self._link.send(peer, answer)
+        self._link.send(peer, answer)  # before any request: the worker ignores what comes earlier
+        for worker in replaced:
+            if worker.next_role is None:
+                self._report(worker, "it dropped its work")
+            else:
+                self._on_lost(worker, True)
 
     def _report(self, worker: Worker, reason: str) -> None:
         log.warning("worker %s lost: %s", worker.worker_id, reason)

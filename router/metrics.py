@@ -13,6 +13,7 @@ from router.activity import Activity
 from router.generation import GenerationRequest
 from router.request_log import Record, RequestLog
 from router.timeline import ROUTER_QUEUE
+from router.workload_log import WorkloadLog
 
 CLIENT_CLOSED_REQUEST = 499  # nobody receives it; proxies count it under this number
 CANCELLED = "cancelled"  # the outcome of a sequence that nobody waits for any more
@@ -30,6 +31,7 @@ class RouterMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.activity = Activity(time.monotonic())
         self.log = RequestLog()
+        self.workload = WorkloadLog()
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"kvferry_{name}", text, registry=registry, buckets=buckets)
@@ -79,6 +81,18 @@ class DispatchMetrics:
             "Attempts given up and begun anew on other workers",
             ["reason"],
             registry=registry,
+        )
+        self.paths = Counter(
+            "kvferry_requests_path_total",
+            "Attempts begun, by who computes the prompt: remote is prefill, local decode itself",
+            ["path"],
+            registry=registry,
+        )
+        self.handoff_seconds = Histogram(
+            "kvferry_handoff_seconds",
+            "From prefill's token to decode's work on the next",
+            registry=registry,
+            buckets=FAST,
         )
         self.stale = Counter(
             "kvferry_stale_messages_total",
@@ -131,6 +145,8 @@ class SequenceTimer:
         outcome = self._reason or _outcome(error)
         self._metrics.running.dec()
         self._metrics.log.end(self._record, outcome, now)
+        if outcome != CANCELLED or self._timeline.tokens.count:
+            self._metrics.workload.add(self._record)
         if self._reason is None and outcome != CANCELLED:
             self._metrics.activity.failed(now)
 

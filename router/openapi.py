@@ -8,8 +8,11 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from router.activity import SHORTEST
+from router.pool_routes import PoolsBody, RoleBody
+from router.responses_body import ResponsesBody
 from router.schema_base import Body
 from router.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from router.what_if_routes import WhatIfBody
 
 VERSION = "3.1.0"
 REF = "#/components/schemas/{model}"
@@ -17,11 +20,16 @@ REF = "#/components/schemas/{model}"
 _BODIES: dict[str, tuple[type[Body], str]] = {
     "/v1/completions": (CompletionBody, "Continue a prompt"),
     "/v1/chat/completions": (ChatBody, "Answer a chat"),
+    "/v1/responses": (ResponsesBody, "Answer an input, in items"),
     "/tokenize": (TokenizeBody, "The token ids of a text or of a chat"),
     "/detokenize": (DetokenizeBody, "The text of token ids"),
+    "/admin/what-if": (WhatIfBody, "Predict other pools under the present workload"),
+    "/admin/pools": (PoolsBody, "Change how many workers serve in each pool"),
+    "/admin/workers/{worker_id}/role": (RoleBody, "Let a worker serve in the other pool"),
 }
 _PAGES: dict[str, tuple[str, str | None]] = {  # what each says, and as what
     "/v1/models": ("The served model", "application/json"),
+    "/v1/responses/{response_id}": ("A response that this router remembers", "application/json"),
     "/admin/workers": ("Every worker with its state and load", "application/json"),
     "/admin/overview": (
         "The last minute and ten minutes: latency, rates, goodput",
@@ -29,6 +37,8 @@ _PAGES: dict[str, tuple[str, str | None]] = {  # what each says, and as what
     ),
     "/admin/requests": ("Sequences under way, recent and slow ones", "application/json"),
     "/admin/requests/{request_id}": ("Where one request's time went", "application/json"),
+    "/admin/workload": ("When sequences came and how long they were", "application/json"),
+    "/admin/pools": ("The sizes of both pools, and their last change", "application/json"),
     "/admin/targets": ("The workers' metrics, for Prometheus' http_sd", "application/json"),
     "/health": ("Whether this process is alive", None),
     "/ready": ("Whether a request can be served now; 503 says why not", "application/json"),
@@ -37,9 +47,13 @@ _PAGES: dict[str, tuple[str, str | None]] = {  # what each says, and as what
 _QUERIES: dict[str, dict[str, float]] = {  # a page's numbers, and the least each may be
     "/admin/overview": {"ttft": SHORTEST, "tpot": SHORTEST, "after": 0},
     "/admin/requests": {"limit": 1},
+    "/admin/workload": {"seconds": 1},
 }
-_DRAIN = "/admin/workers/{worker_id}/drain"
-_STREAMS = ("/v1/completions", "/v1/chat/completions")
+_ACTIONS: dict[str, str] = {  # without a body
+    "/v1/responses/{response_id}/cancel": "End a response made in the background",
+    "/admin/workers/{worker_id}/drain": "Let a worker end its work and leave",
+}
+_STREAMS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 _OPEN = ("/health", "/ready", "/metrics")  # without a key
 _ERROR = {
     "type": "object",
@@ -71,6 +85,7 @@ def description(title: str) -> dict[str, Any]:
         paths[path] = {
             "post": {
                 "summary": summary,
+                "parameters": [*map(_in_path, _names(path))],
                 "requestBody": {
                     "required": True,
                     "content": {"application/json": {"schema": refs[body, "validation"]}},
@@ -86,14 +101,15 @@ def description(title: str) -> dict[str, Any]:
         }
         if path in _OPEN:
             operation["security"] = []
-        paths[path] = {"get": operation}
-    paths[_DRAIN] = {
-        "post": {
-            "summary": "Let a worker end its work and leave",
-            "parameters": [*map(_in_path, _names(_DRAIN))],
-            "responses": _responses({"application/json": {}}),
+        paths.setdefault(path, {})["get"] = operation
+    for path, summary in _ACTIONS.items():
+        paths[path] = {
+            "post": {
+                "summary": summary,
+                "parameters": [*map(_in_path, _names(path))],
+                "responses": _responses({"application/json": {}}),
+            }
         }
-    }
     return {
         "openapi": VERSION,
         "info": {"title": title, "version": "1"},

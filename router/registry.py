@@ -11,12 +11,15 @@ from enum import Enum
 from typing import Any
 
 from protocol.messages import Heartbeat, Register, Role, WorkerLoad
+from router.cached_blocks import CachedBlocks
 
 
 class WorkerState(Enum):
     """What a worker may be asked for."""
 
     SERVING = "serving"
+    DRAINING = "draining"  # it ends its work, to come back in another role
+    FLIPPING = "flipping"  # it takes the other role
     LEAVING = "leaving"
 
 
@@ -27,6 +30,7 @@ class Assignment:
     num_tokens: int  # of the prompt and of the output so far
     expected_tokens: int  # in the end
     begun: bool  # it takes room on the worker
+    prompt_tokens: int = 0  # that the worker computes and has not cached, until its first token
     reported: bool = False  # and the worker's load includes it
 
 
@@ -39,7 +43,10 @@ class Worker:
     last_seen: float
     load: WorkerLoad = field(init=False)
     state: WorkerState = WorkerState.SERVING
+    next_role: Role | None = None  # in which it will come back, as it says
     assigned: dict[str, Assignment] = field(default_factory=dict)
+    turn: int = 0  # the dispatch with which it was last given an attempt
+    cached: CachedBlocks = field(default_factory=CachedBlocks)
     full: bool = False  # it refused a request; its next report tells why
     foreign_tokens: int = 0  # prompt tokens that other routers queued there
     foreign_sequences: int = 0
@@ -57,8 +64,8 @@ class Worker:
 
     @property
     def assigned_tokens(self) -> int:
-        """Tokens of the attempts this router gave it."""
-        return sum(assignment.num_tokens for assignment in self.assigned.values())
+        """Prompt tokens of the attempts that this router gave it to compute."""
+        return sum(assignment.prompt_tokens for assignment in self.assigned.values())
 
     def blocks_for(self, num_tokens: int) -> int:
         """KV blocks that hold ``num_tokens`` tokens."""
@@ -68,7 +75,9 @@ class Worker:
         """The worker has told its load."""
         self.load, self.full, self.returned_blocks = load, False, 0
         self.foreign_sequences = max(0, load.num_promised - len(self.assigned))
-        self.foreign_tokens = max(0, load.waiting_tokens - self.assigned_tokens)
+        # Workers report prompts that wait as a whole: what is cached shows when they start.
+        own = sum(a.num_tokens for a in self.assigned.values() if a.prompt_tokens)
+        self.foreign_tokens = max(0, load.waiting_tokens - own)
         for assignment in self.assigned.values():
             assignment.reported |= assignment.begun
 
@@ -85,6 +94,7 @@ class Worker:
             "id": info.worker_id,
             "role": info.role,
             "state": self.state.value,
+            "next_role": self.next_role,
             "pid": info.pid,
             "host": info.host,
             "address": info.control,
@@ -93,7 +103,10 @@ class Worker:
             "model": info.model,
             "epoch": info.epoch,
             "transport": info.transport,
+            "block_size": info.fingerprint.geometry.block_size,
+            "block_bytes": info.fingerprint.geometry.row_bytes,
             "requests": len(self.assigned),
+            "cached_blocks": len(self.cached.keys),
             "load": self.load.model_dump(),
         }
 
@@ -105,6 +118,7 @@ class Registry:
         self._timeout = timeout  # seconds without a heartbeat until a worker is lost
         self._workers: dict[bytes, Worker] = {}
         self._checked: float | None = None  # when ``expire`` was last called
+        self._num_given = 0  # attempts
 
     def all(self) -> list[Worker]:
         """Every known worker, in order of registration."""
@@ -152,11 +166,25 @@ class Registry:
         worker.last_seen = now
         return True
 
-    def leave(self, peer: bytes) -> None:
-        """The worker takes no new requests."""
+    def give(self, worker: Worker, attempt_id: str, assignment: Assignment) -> None:
+        """A worker is given an attempt: it counts from now on, before any report."""
+        self._num_given += 1
+        worker.turn = self._num_given
+        worker.assigned[attempt_id] = assignment
+
+    def leave(self, peer: bytes, next_role: Role | None = None) -> None:
+        """The worker takes no new requests, in its present role or at all."""
         worker = self._workers.get(peer)
         if worker is not None:
-            worker.state = WorkerState.LEAVING
+            worker.state = WorkerState.DRAINING if next_role else WorkerState.LEAVING
+            worker.next_role = next_role
+
+    def end_role(self, peer: bytes, next_role: Role) -> Worker | None:
+        """The worker has given up what it had, and comes back; None if it is not known."""
+        worker = self._workers.get(peer)
+        if worker is not None:
+            worker.state, worker.next_role = WorkerState.FLIPPING, next_role
+        return worker
 
     def remove(self, peer: bytes) -> Worker | None:
         """Forget a worker; None if it was not known."""

@@ -6,7 +6,7 @@ supported and would change the answer is refused by name. Types are strict: "5" 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -26,7 +26,7 @@ Prompt = str | list[int]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 # Field: the values that ask for nothing beyond what is always done.
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
@@ -92,15 +92,11 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class GenerationBody(StructuredOptions):
-    """What both generating endpoints take."""
+class SamplingOptions(Body):
+    """How tokens are chosen, and which end or show."""
 
     model: str | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=MAX_SEQUENCES)
-    best_of: int | None = Field(None, ge=1, le=MAX_SEQUENCES)  # so many are made, n are shown
-    max_tokens: int | None = Field(None, ge=1)
     timeout: float | None = Field(None, gt=0)  # seconds, at most the router's own
     min_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0, le=2)
@@ -119,13 +115,25 @@ class GenerationBody(StructuredOptions):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     add_special_tokens: bool | None = None  # default: text yes, rendered chats no
-    return_token_ids: bool = False
     logit_bias: dict[str, Bias] = Field(default_factory=dict, max_length=MAX_BIASES)
     cache_salt: str = Field("", max_length=256)  # KV is shared only under the same salt
 
+
+class GenerationBody(SamplingOptions, StructuredOptions):
+    """What completions and chats take. The class variables are about their answers."""
+
+    id_prefix: ClassVar[str]  # of an answer's id
+    prompt_field: ClassVar[str]  # what the prompt is made of
+
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=MAX_SEQUENCES)
+    best_of: int | None = Field(None, ge=1, le=MAX_SEQUENCES)  # so many are made, n are shown
+    max_tokens: int | None = Field(None, ge=1)
+    return_token_ids: bool = False
+
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> Self:
-        refuse(self.model_extra or {}, _UNSUPPORTED)
+        refuse(self.model_extra or {}, UNSUPPORTED)
         if self.stream_options is not None and not self.stream:
             message = "stream_options is only allowed when stream is true"
             raise InvalidRequestError(message, "stream_options")
@@ -165,6 +173,9 @@ class GenerationBody(StructuredOptions):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
+    id_prefix = "cmpl-"
+    prompt_field = "prompt"
+
     prompt: Annotated[
         list[Prompt], BeforeValidator(_prompts, json_schema_input_type=Prompt | list[Prompt])
     ]
@@ -200,6 +211,9 @@ class ChatOptions(ToolOptions):
 
 class ChatBody(ChatOptions, GenerationBody):
     """POST /v1/chat/completions."""
+
+    id_prefix = "chatcmpl-"
+    prompt_field = "messages"
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)  # wins over max_tokens

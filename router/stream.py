@@ -1,13 +1,11 @@
-"""Brings a request's tokens to its client: as server-sent events or as one answer.
+"""Runs a request: its pieces as they come, or all of them as one answer.
 
-A stream ends in exactly one of three ways: ``[DONE]``, one error event, or the client's leaving.
 Whichever way a request ends, its generators are closed, which cancels it on the workers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
@@ -15,21 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive
 
 from protocol.errors import KvferryError
 from router.answers import AnswerHead, Shape, best, joined, usage
 from router.generation import GenerationRequest, Generator
-from router.http_errors import INTERNAL_ERROR, error_body
 from router.metrics import RouterMetrics, SequenceTimer
 from router.output import Output, Piece
 from router.timeline import FIRST_SEQUENCE
 
 T = TypeVar("T")
-
-# Some clients split a stream into lines as Unicode does, not as server-sent events do.
-UNICODE_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,101 +184,3 @@ async def whole_answer(job: Job, pieces: AsyncGenerator[Piece, None]) -> dict[st
             sum(map(job.num_cached_tokens, sequences)),
         ),
     }
-
-
-class EventStream(Response):
-    """The answer as server-sent events, one for each piece.
-
-    ``first`` was awaited before, so that what fails before any token is answered with its status.
-    """
-
-    media_type = "text/event-stream"
-    charset = "utf-8"
-
-    def __init__(
-        self, job: Job, first: Piece, pieces: AsyncGenerator[Piece, None], metrics: RouterMetrics
-    ) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._job = job
-        self._first = first
-        self._pieces = pieces
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write until the end or until the client goes."""
-        async with aclosing(self._pieces):
-            try:
-                await while_connected(receive, self._write(send))
-            except ClientDisconnect:  # no answer can follow the one that began
-                self._metrics.client_left()
-
-    async def _write(self, send: Send) -> None:
-        await send(
-            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        )
-        try:
-            async with aclosing(self._events()) as events:
-                async for event in events:
-                    await send(_body(event, more_body=True))
-        except Exception:  # a bug: the client is told so; it is counted and logged further up
-            await send(_body(_event(error_body(INTERNAL_ERROR)), more_body=False))
-            raise
-        await send(_body(b"", more_body=False))
-
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        try:
-            async with aclosing(self._chunks()) as chunks:
-                async for chunk in chunks:
-                    yield _event(chunk)
-        except KvferryError as error:
-            self._metrics.failed(error.status, error.code)
-            yield _event(error_body(error))
-            return
-        yield b"data: [DONE]\n\n"
-
-    async def _chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        job = self._job
-        head = job.head.fields(job.shape.chunk)
-        if job.include_usage:
-            head["usage"] = None
-        for choice in range(len(job.choices)):
-            opening = job.shape.opening(choice)
-            if opening is not None:
-                yield {**head, "choices": [opening]}
-        num_tokens = num_cached = 0
-        told = [not job.return_token_ids] * len(job.choices)  # whose prompt's ids were sent
-        async with aclosing(self._all_pieces()) as pieces:
-            async for piece in pieces:
-                num_tokens += len(piece.token_ids)
-                num_cached += job.num_cached_tokens(piece)
-                if not (piece.shows or job.return_token_ids):
-                    continue
-                delta = job.shape.delta(piece)
-                if job.return_token_ids:
-                    delta["token_ids"] = piece.token_ids
-                if not told[piece.index]:
-                    told[piece.index] = True
-                    request = job.choices[piece.index].request
-                    delta["prompt_token_ids"] = request.prompt_token_ids
-                yield {**head, "choices": [delta]}
-        if job.include_usage:
-            counts = usage(job.num_prompt_tokens, num_tokens, num_cached)
-            yield {**head, "choices": [], "usage": counts}
-
-    async def _all_pieces(self) -> AsyncGenerator[Piece, None]:
-        yield self._first
-        async for piece in self._pieces:
-            yield piece
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    if not text.isascii():
-        text = text.translate(UNICODE_LINE_ENDS)
-    return f"data: {text}\n\n".encode()
-
-
-def _body(content: bytes, *, more_body: bool) -> Message:
-    return {"type": "http.response.body", "body": content, "more_body": more_body}

@@ -7,6 +7,9 @@
     prefill: to_prefill ── prefill_queue ── grant ── prefill
     decode:  transfer ── first_step ── decode
 
+Where decode computes the prompt itself there is no ``prefill_queue``, ``transfer`` or
+``first_step``, and ``grant`` is its wait for memory.
+
 One stage follows another without a gap, so the stages up to the first token add up to the time
 to first token as the client's stream sees it. An attempt that is begun anew waits and prefills
 again. ``deliver`` is the router's own time: from a token's arrival at the router to its event.
@@ -72,7 +75,7 @@ class Timeline:
     last_token: float | None = None
     longest_gap: float = 0.0  # seconds between tokens that came one after the other
     ended: float | None = None
-    attempts: list[tuple[str, str]] = field(default_factory=list)  # prefill and decode worker
+    attempts: list[tuple[str | None, str]] = field(default_factory=list)  # prefill, decode worker
     tokens: TokenTimes = field(default_factory=TokenTimes)
     _stages: list[Stage] = field(default_factory=list)  # that are over
     _stage: str = TOKENISE  # the present one
@@ -92,20 +95,23 @@ class Timeline:
             self._stages.append(Stage(self._stage, self._since, now - self._since))
         self._stage, self._since = name, now
 
-    def account(self, parts: Mapping[str, float], now: float) -> None:
+    def account(self, parts: Mapping[str, float], now: float) -> float:
         """A worker tells the latest parts of the present stage, in order and in seconds.
 
-        The two clocks share only their pace. What the parts leave of the stage came before them.
+        The two clocks share only their pace. What the parts leave of the stage came before them:
+        so many seconds are returned.
         """
         if not parts:
-            return
+            return 0.0
         begun = max(self._since, now - sum(parts.values()))
-        self._stages.append(Stage(UNACCOUNTED[self._stage], self._since, begun - self._since))
+        before = begun - self._since
+        self._stages.append(Stage(UNACCOUNTED[self._stage], self._since, before))
         for name, seconds in parts.items():
             taken = min(seconds, now - begun)
             self._stages.append(Stage(name, begun, taken))
             begun += taken
         self._since = now
+        return before
 
     def deliver(self, count: int, now: float) -> None:
         """``count`` tokens, at least one, are ready for the client."""

@@ -44,7 +44,8 @@ class Stack:
     """``with Stack(model, ...) as stack``: serving when entered, gone without trace when left.
 
     ``prefill`` and ``decode`` hold one list of extra arguments for each worker. KV travels over
-    UCX, as it does between hosts, unless ``transport`` says ``auto``.
+    UCX, as it does between hosts, unless ``transport`` says ``auto``; and it travels for every
+    prompt, unless ``router`` says who computes them.
     """
 
     def __init__(
@@ -68,7 +69,8 @@ class Stack:
         limits = httpx.Limits(max_connections=64)
         self.client = httpx.Client(base_url=self.url, timeout=240, limits=limits)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._router_arguments = router
+        decided = not prefill or "--disaggregation" in router
+        self._router_arguments = router if decided else ("--disaggregation", "always", *router)
         self._worker_arguments = ("--transport", transport, *worker)
         self._pools = {"prefill": prefill, "decode": decode}
 
@@ -158,7 +160,10 @@ class Stack:
         assert not left, left
 
     def not_given_back(self, timeout: float) -> dict[str, float]:
-        """What of the workers' gauges is not zero yet after at most ``timeout`` seconds."""
+        """What of the workers' gauges is not zero yet after at most ``timeout`` seconds.
+
+        Named by worker and gauge.
+        """
         gauges = (
             "kvferry_kv_blocks_used",
             "kvferry_kv_grants_open",
@@ -172,9 +177,9 @@ class Stack:
 
         def idle() -> bool:
             left.clear()
-            for role in ("prefill", "decode"):
-                metrics = self.metrics(role)
-                left.update({f"{role} {g}": metrics[g] for g in gauges if metrics[g]})
+            for worker in self.workers():
+                metrics = scrape(worker["metrics"], self.client)
+                left.update({f"{worker['id']} {g}": metrics[g] for g in gauges if metrics[g]})
             return not left
 
         eventually(idle, timeout)

@@ -19,6 +19,8 @@ def test_over_tcp_the_address_is_the_one_that_reaches_the_router() -> None:
     assert addresses.host == "127.0.0.1"
     assert addresses.control == "tcp://127.0.0.1:*"
     assert worker_addresses("tcp://127.0.0.1:8100", "127.0.0.2", "d0").host == "127.0.0.2"
+    fixed = worker_addresses("tcp://127.0.0.1:8100", None, "d0", 8201)
+    assert fixed.control == "tcp://127.0.0.1:8201"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "no.such.host.invalid"])

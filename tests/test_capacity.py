@@ -28,7 +28,7 @@ def worker(name: str, load: WorkerLoad, *given: Assignment) -> Worker:
 
 
 def prompt(num_tokens: int) -> Assignment:
-    return Assignment(num_tokens, num_tokens, begun=True)
+    return Assignment(num_tokens, num_tokens, begun=True, prompt_tokens=num_tokens)
 
 
 def test_what_was_dispatched_counts_before_any_report() -> None:
@@ -77,7 +77,7 @@ def test_a_prefill_worker_is_given_half_a_second_of_work_in_advance(
     rate: float, prompts: list[int], takes: bool
 ) -> None:
     load = WorkerLoad(prefill_tokens_per_second=rate)
-    assert takes_prompt(worker("p", load, *map(prompt, prompts))) == takes
+    assert takes_prompt(worker("p", load, *map(prompt, prompts)), Demand(1, 2)) == takes
 
 
 def test_decodes_blocks_are_promised_at_dispatch_and_not_counted_twice() -> None:

@@ -12,7 +12,7 @@ from decode.scheduler import DecodeScheduler
 from engine.batch import Batch
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
-from protocol.sampling import SamplingParams
+from protocol.sampling import SamplingParams, TokenLogprobs
 from tests.fake_model import Memory, generate, kv_of
 
 BLOCK_SIZE = 2
@@ -30,19 +30,30 @@ class Worker:
         self.waiting: list[Sequence] = []  # whose prompts' blocks do not fit yet
         self.outputs: dict[str, list[int]] = {}
         self.finished: set[str] = set()
+        self.own: set[str] = set()  # whose prompts decode computes itself
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int) -> Sequence:
+    def add(
+        self, request_id: str, prompt: list[int], max_tokens: int, own: bool = False
+    ) -> Sequence:
         sampling = SamplingParams(max_tokens=max_tokens)
         sequence = Sequence(request_id, list(prompt), len(prompt), sampling)
         self.waiting.append(sequence)
+        if own:
+            self.own.add(request_id)
         return sequence
 
     def admit(self) -> None:
-        """Hand off what the pool has room for, as the admission does."""
+        """Let in what the pool has room for, as the admission does."""
         while self.waiting:
             sequence, headroom = self.waiting[0], self.scheduler.headroom
-            if headroom is None or not self.pool.reserve(sequence, sequence.num_tokens, headroom):
+            own = sequence.request_id in self.own
+            cacheable = sequence.num_cacheable if own else sequence.num_tokens
+            if headroom is None or not self.pool.reserve(sequence, cacheable, headroom):
                 return
+            if own:
+                self.outputs[sequence.request_id] = []
+                self.scheduler.add(self.waiting.pop(0))
+                continue
             kv = kv_of(sequence.token_ids)
             for position in range(sequence.num_computed, len(kv)):
                 block = sequence.block_table[position // BLOCK_SIZE]
@@ -62,8 +73,9 @@ class Worker:
         self.admit()
         batch = self.scheduler.schedule()
         assert len(batch.rows) <= self.scheduler.max_num_seqs
-        recomputed = [row.num_tokens for row in batch.rows if row.num_tokens > 1]
-        assert sum(recomputed) <= self.scheduler.max_num_batched_tokens
+        chunks = sum(row.num_tokens for row in batch.rows if row.num_tokens > 1)
+        budget = self.scheduler.max_num_batched_tokens
+        assert chunks <= max(budget - sum(r.num_tokens == 1 for r in batch.rows), -(-budget // 2))
         for row in batch.rows:
             assert row.end <= len(row.sequence.block_table) * BLOCK_SIZE
         self.check()
@@ -94,7 +106,9 @@ class Worker:
 
 
 requests = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(1, 9), st.integers(2, 9)), min_size=1, max_size=6
+    st.tuples(st.integers(0, 2), st.integers(1, 9), st.integers(2, 9), st.booleans()),
+    min_size=1,
+    max_size=6,
 )
 
 
@@ -106,13 +120,13 @@ requests = st.lists(
     max_num_seqs=st.integers(1, 5),
 )
 def test_a_small_pool_gives_the_same_tokens_as_a_big_one(
-    requests: list[tuple[int, int, int]], num_blocks: int, budget: int, max_num_seqs: int
+    requests: list[tuple[int, int, int, bool]], num_blocks: int, budget: int, max_num_seqs: int
 ) -> None:
     worker = Worker(num_blocks, budget, max_num_seqs)
-    for index, (family, length, max_tokens) in enumerate(requests):
-        worker.add(str(index), [family] * length, max_tokens)
+    for index, (family, length, max_tokens, own) in enumerate(requests):
+        worker.add(str(index), [family] * length, max_tokens, own)
     worker.run()
-    for index, (family, length, max_tokens) in enumerate(requests):
+    for index, (family, length, max_tokens, _) in enumerate(requests):
         expected = generate([family] * length, SamplingParams(max_tokens=max_tokens))
         assert worker.outputs[str(index)] == expected
 
@@ -175,6 +189,52 @@ def test_newcomers_wait_for_preempted_sequences_and_leave_room_to_grow() -> None
     assert worker.scheduler.headroom is None
 
 
+def test_prompts_are_computed_in_chunks_between_the_tokens_of_others() -> None:
+    worker = Worker(budget=4)
+    worker.add("running", [1] * 3, 9)
+    worker.commit(worker.schedule())
+    worker.add("prompt", [2] * 10, 3, own=True)
+    steps = []
+    while not worker.outputs.get("prompt"):
+        batch = worker.schedule()
+        steps.append([(row.sequence.request_id, row.num_tokens) for row in batch.rows])
+        worker.commit(batch)
+    assert steps == [[("running", 1), ("prompt", 3)]] * 3 + [[("running", 1), ("prompt", 1)]]
+    worker.run()
+    assert worker.outputs["prompt"] == generate([2] * 10, SamplingParams(max_tokens=3))
+
+
+def test_prompts_keep_half_the_budget_however_many_sequences_generate() -> None:
+    worker = Worker(budget=4)
+    for index in range(6):
+        worker.add(str(index), [index] * 2, 9)
+    worker.commit(worker.schedule())
+    worker.add("prompt", [7] * 9, 2, own=True)
+    rows = worker.schedule().rows
+    assert [row.num_tokens for row in rows] == [1] * 6 + [2]
+
+
+def test_a_prompt_preempted_half_way_counts_only_what_others_had_cached() -> None:
+    worker = Worker(num_blocks=8, budget=2)
+    sampling = SamplingParams(max_tokens=2, prompt_logprobs=0)
+    prompt = worker.add("prompt", [1] * 8, 2, own=True)
+    scored = Sequence("scored", [2] * 4, 4, sampling)
+    for sequence in (prompt, scored):
+        assert worker.pool.reserve(sequence, sequence.num_cacheable)
+        worker.scheduler.add(sequence)
+    worker.waiting.clear()
+    worker.outputs |= {"prompt": [], "scored": []}
+    worker.commit(worker.schedule())
+    scored.prompt_logprobs.append(TokenLogprobs(logprob=-1.0, rank=1, top=[]))
+    for sequence in (prompt, scored):
+        worker.scheduler.running.remove(sequence)
+        worker.scheduler._preempt(sequence)
+    assert scored.prompt_logprobs == []  # its prompt is scored again, from its first token
+    worker.run()
+    assert worker.outputs["prompt"] == generate([1] * 8, SamplingParams(max_tokens=2))
+    assert (prompt.num_cached, scored.num_cached) == (0, 0)
+
+
 def test_a_sequence_handed_off_without_its_blocks_is_computed_from_its_tokens() -> None:
     worker = Worker(budget=3)
     prompt = [1, 2, 3, 4, 5, 6, 7]
@@ -234,7 +294,7 @@ def test_random_arrivals_and_cancels_leave_nothing_behind() -> None:
             if random.random() < 0.3:
                 prompt = [random.randrange(2)] * random.randint(1, 6)
                 prompts[str(index)] = prompt, random.randint(2, 9)
-                worker.add(str(index), *prompts[str(index)])
+                worker.add(str(index), *prompts[str(index)], own=random.random() < 0.5)
             batch = worker.schedule()
             if prompts and random.random() < 0.1:
                 gone = random.choice(list(prompts))

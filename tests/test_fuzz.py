@@ -28,7 +28,7 @@ from kvtransfer.proof import Connector, Listener, NotProvenError
 from kvtransfer.ucx import UCXTransport
 from protocol.errors import ProtocolError
 from protocol.link import Client, Server
-from protocol.messages import Grant, Handoff, RegisterAgain, Revoke
+from protocol.messages import Grant, Handoff, RegisterAgain, RegistrationRefused, Revoke
 from protocol.wire import decode, encode
 from tests.kvtransfer.peers import spawner, transfer
 
@@ -103,12 +103,13 @@ async def test_a_bound_control_socket(
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.linger = 0
         stranger.connect(server.endpoint)
-        for _ in range(FRAMES // 100):
+        for number in range(FRAMES // 100):
             for _ in range(99):
                 noise = [damaged(random, frame) for frame in random.choice(MESSAGES)]
                 stranger.send_multipart(noise * random.choice((1, 1, 3)))
-            stranger.send_multipart(encode(RegisterAgain()))
-            while (await server.receive())[1] != RegisterAgain():
+            last = RegistrationRefused(reason=f"end of round {number}")
+            stranger.send_multipart(encode(last))
+            while (await server.receive())[1] != last:
                 pass  # noise that happens to be a message
     assert server.dropped["malformed"] > FRAMES // 2
     assert server.dropped.keys() == {"malformed"}
@@ -127,12 +128,13 @@ async def test_a_connecting_control_socket(
     client = Client(endpoint, "worker")
     client.send(RegisterAgain())
     identity, *_ = await stranger.recv_multipart()
-    for _ in range(FRAMES // 100):
+    for number in range(FRAMES // 100):
         for _ in range(99):
             noise = [damaged(random, frame) for frame in random.choice(MESSAGES)]
             await stranger.send_multipart([identity, *noise])
-        await stranger.send_multipart([identity, *encode(RegisterAgain())])
-        while await client.receive() != RegisterAgain():
+        last = RegistrationRefused(reason=f"end of round {number}")
+        await stranger.send_multipart([identity, *encode(last)])
+        while await client.receive() != last:
             pass
     assert client.dropped["malformed"] > FRAMES // 2
     client.close()

@@ -1,4 +1,7 @@
-"""Thousands of histories of one prefill and one decode worker, with faults at every turn."""
+"""Thousands of histories of one prefill and one decode worker, with faults at every turn.
+
+In some of them decode computes prompts itself, beside the handed-off ones or all of them.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ def random_setup(random: Random) -> Setup:
         ask_ahead=random.choice((1, 4, 13, 64)),
         prefill_fingerprint=OTHER_WEIGHTS if random.random() < 0.03 else FINGERPRINT,
         transfer=random_transfer(random),
+        alone=random.choice((0.0, 0.0, 0.0, 0.4, 1.0)),
     )
 
 

@@ -9,7 +9,6 @@ import pytest
 from decode import admission_events as adm
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
-from prefill import handoff
 from prefill import handoff_events as hand
 from prefill.handoff import Handoffs
 from prefill.lease import Lease, LeaseState
@@ -106,7 +105,7 @@ def test_an_empty_prompt_ends() -> None:
 
 
 def test_prompt_logprobs_that_fit_no_message_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handoff, "MAX_LOGPROBS", 40)
+    monkeypatch.setattr("engine.sequence.MAX_LOGPROBS", 40)
     simulation = simulate()
     for alternatives, length, codes in ((1, 10, []), (1, 11, ["invalid_request"]), (None, 11, [])):
         sampling = GREEDY.model_copy(update={"prompt_logprobs": alternatives})
@@ -293,11 +292,10 @@ def test_a_block_is_free_only_when_the_transport_says_so() -> None:
     simulation, grant_id = granted()
     simulation.decode.handle(adm.Cancelled("r0#1"))
     simulation.decode.handle(adm.Tick())
-    assert (
-        simulation.decode.admission.num_quarantined_blocks == simulation.decode.pool.num_used == 3
-    )
+    grants = simulation.decode.admission.grants
+    assert grants.num_quarantined_blocks == simulation.decode.pool.num_used == 3
     simulation.tick(1e6)
-    assert simulation.decode.admission.num_quarantined_blocks == 3
+    assert grants.num_quarantined_blocks == 3
     simulation.decode.handle(adm.Closed(grant_id))
     assert simulation.decode.pool.num_used == 0
     assert simulation.decode.admission.handle(adm.Closed(grant_id), 0.0) == []

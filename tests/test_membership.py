@@ -8,6 +8,7 @@ from protocol.errors import UnavailableError, WorkerNotFoundError
 from protocol.messages import (
     Drain,
     Leaving,
+    Left,
     PrefillRequest,
     RegisterAgain,
     Registered,
@@ -16,6 +17,15 @@ from protocol.messages import (
 )
 from router import membership
 from tests.router_scene import Scene, first, output, registration, serving, tokens, until
+
+
+def states(scene: Scene) -> dict[str, tuple[str, str, str | None]]:
+    rows = scene.dispatcher.workers()
+    return {row["id"]: (row["role"], row["state"], row["next_role"]) for row in rows}
+
+
+def prefill_requests(scene: Scene) -> list[PrefillRequest]:
+    return [m for _, m in scene.wire.sent if isinstance(m, PrefillRequest)]
 
 
 def test_a_second_worker_with_the_same_id_is_refused_while_the_first_is_connected() -> None:
@@ -50,6 +60,8 @@ def test_a_worker_that_dropped_its_work_registers_anew_and_its_requests_go_on() 
     assert len(scene.wire.to("p0", PrefillRequest)) == 1
     scene.say("p0", registration("p0", session=1))
     assert len(scene.wire.to("p0", PrefillRequest)) == 2
+    last = [type(message) for peer, message in scene.wire.sent if peer == b"p0"][-2:]
+    assert last == [Registered, PrefillRequest], "what comes before the answer is ignored"
 
 
 async def test_a_connection_that_is_gone_is_noticed_without_any_silence(
@@ -82,6 +94,33 @@ def test_drain_asks_the_worker_and_gives_it_nothing_new() -> None:
     assert not scene.wire.to("p0", PrefillRequest)
     with pytest.raises(WorkerNotFoundError, match="p9"):
         scene.dispatcher.drain("p9")
+
+
+def test_a_worker_that_changes_its_role_ends_what_it_has_or_gives_it_up() -> None:
+    scene = Scene("p0", "p1", "d0", "d1")
+    running = scene.dispatch()
+    scene.say("p0", first(1, 0, 7))
+    scene.say("d0", Leaving(next_role="prefill"))
+    assert states(scene)["d0"] == ("decode", "draining", "prefill")
+    scene.say("d0", tokens(1, 1, 8))
+    scene.say("d0", Left(next_role="prefill"))
+    assert states(scene)["d0"] == ("decode", "flipping", "prefill")
+    [again] = [m for m in prefill_requests(scene) if m.request_id == "r#2"]
+    assert again.token_ids == [1, 2, 3, 7, 8]
+    assert again.decode.worker_id == "d1"
+    scene.say("d0", registration("d0", epoch=2, session=1).model_copy(update={"role": "prefill"}))
+    assert states(scene)["d0"] == ("prefill", "serving", None)
+    assert scene.wire.to("d0", Registered)
+    assert output(running) == [7, 8]
+    assert scene.count("request_retries", reason="worker_left") == 1
+
+
+def test_a_role_that_ends_unannounced_loses_its_work_to_others() -> None:
+    scene = Scene("p0", "p1", "d0", "d1")
+    scene.dispatch()
+    scene.say("p0", Leaving(next_role="decode"))  # and then it was not heard for a while
+    scene.say("p0", registration("p0", epoch=2, session=1).model_copy(update={"role": "decode"}))
+    assert [m.request_id for m in prefill_requests(scene)] == ["r#1", "r#2"]
 
 
 def test_a_leaving_worker_ends_what_it_has_and_takes_nothing_new() -> None:

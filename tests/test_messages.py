@@ -64,6 +64,8 @@ updates = st.builds(
     logprobs=st.none() | st.lists(logprobs, max_size=2),
 )
 
+keys = st.lists(st.binary(min_size=8, max_size=8)).map(b"".join)
+
 
 @st.composite
 def continuations(
@@ -82,6 +84,8 @@ def continuations(
     )
 
 
+roles = st.sampled_from([None, "prefill", "decode"])
+
 STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     messages.Register: st.builds(
         messages.Register,
@@ -98,10 +102,12 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
     messages.RegisterAgain: st.builds(messages.RegisterAgain),
     messages.RouterHeartbeat: st.builds(messages.RouterHeartbeat, num_sent=counts),
     messages.Heartbeat: st.builds(messages.Heartbeat, epoch=counts, load=loads, num_sent=counts),
-    messages.Leaving: st.builds(messages.Leaving),
-    messages.Left: st.builds(messages.Left),
+    messages.Leaving: st.builds(messages.Leaving, next_role=roles),
+    messages.Left: st.builds(messages.Left, next_role=roles),
     messages.Drain: st.builds(messages.Drain),
+    messages.ChangeRole: st.builds(messages.ChangeRole, epoch=counts),
     messages.PrefillRequest: continuations(PrefillRequest, decode=peers),
+    messages.GenerateRequest: continuations(messages.GenerateRequest),
     messages.FirstToken: st.builds(
         messages.FirstToken,
         index=counts,
@@ -110,6 +116,10 @@ STRATEGIES: dict[type[Message], st.SearchStrategy[Message]] = {
         num_cached_tokens=counts,
     ),
     messages.Tokens: st.builds(messages.Tokens, updates=st.lists(updates, max_size=3)),
+    messages.CacheChanges: st.builds(
+        messages.CacheChanges, number=counts, stored=keys, evicted=keys
+    ),
+    messages.SendCache: st.builds(messages.SendCache),
     messages.RequestFailed: st.builds(messages.RequestFailed),
     messages.Cancel: st.builds(messages.Cancel),
     messages.GrantRequest: continuations(

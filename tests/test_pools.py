@@ -17,7 +17,19 @@ from tests.stack import free_port
     ],
     ids=["nobody", "no HTTP"],
 )
-def test_drain_says_what_is_wrong_with_the_url(url: str, status: int, words: str) -> None:
-    answer = CliRunner().invoke(app, ["pools", "drain", "p", "--url", url])
+@pytest.mark.parametrize(
+    "command", [["drain", "p"], ["flip", "p", "decode"], ["set", "--prefill", "1", "--decode", "2"]]
+)
+def test_it_says_what_is_wrong_with_the_url(
+    command: list[str], url: str, status: int, words: str
+) -> None:
+    answer = CliRunner().invoke(app, ["pools", *command, "--url", url])
     assert answer.exit_code == status
     assert words in answer.output
+
+
+@pytest.mark.parametrize(
+    "command", [["flip", "p", "router"], ["flip", "p"], ["set", "--prefill", "1"]]
+)
+def test_what_is_asked_must_be_whole(command: list[str]) -> None:
+    assert CliRunner().invoke(app, ["pools", *command]).exit_code == 2

@@ -252,6 +252,23 @@ def test_a_prompt_whose_logprobs_are_wanted_is_computed_whole() -> None:
         worker.release_finished()
 
 
+def test_a_prompt_that_may_not_start_yet_is_passed_over_and_keeps_its_turn() -> None:
+    worker = Worker(num_blocks=6)
+    late = {"a"}
+    worker.scheduler.may_start = lambda sequence: sequence.request_id not in late
+    for request_id in ("a", "b", "c", "d"):
+        worker.add(request_id, [ord(request_id)] * 8)
+    worker.step()
+    assert [s.request_id for s in worker.scheduler.waiting] == ["a"]
+    late.clear()
+    worker.add("e", [5] * 24)  # all of the pool: nobody passes over it
+    worker.add("f", [6] * 4)
+    for _ in range(9):
+        worker.step()
+        worker.release_finished()
+    assert list(worker.finished) == ["b", "c", "d", "a", "e", "f"]
+
+
 def test_a_budget_that_asks_for_no_grant_is_a_mistake() -> None:
     with pytest.raises(AssertionError):
         Worker(ask_ahead=0)

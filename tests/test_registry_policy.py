@@ -42,7 +42,7 @@ def registration(
 
 
 def given(num_tokens: int) -> Assignment:
-    return Assignment(num_tokens, num_tokens, begun=True)
+    return Assignment(num_tokens, num_tokens, begun=True, prompt_tokens=num_tokens)
 
 
 def chosen(registry: Registry, avoid: Set[str] = frozenset()) -> tuple[str, str]:

@@ -9,15 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli.router_link import RouterLink
+from engine.block_pool import BlockPool
+from engine.cache_feed import CacheFeed
 from protocol.link import Server
 from protocol.messages import (
+    CacheChanges,
     Cancel,
+    ChangeRole,
     Heartbeat,
+    Leaving,
+    Left,
     Message,
     Register,
+    RegisterAgain,
     Registered,
     RequestFailed,
     RouterHeartbeat,
+    SendCache,
 )
 from tests.router_scene import SOON, registration
 
@@ -28,12 +36,16 @@ FAILED = RequestFailed(request_id="r#1", code="overloaded", message="full")
 class Role:
     got: list[Message] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    changes: list[ChangeRole] = field(default_factory=list)
 
     def from_router(self, router_id: str, message: Message) -> None:
         self.got.append(message)
 
     def drop_router(self, router_id: str) -> None:
         self.dropped.append(router_id)
+
+    def change(self, asked: ChangeRole) -> None:
+        self.changes.append(asked)
 
 
 class RouterEnd:
@@ -75,7 +87,8 @@ async def linked(folder: Path) -> AsyncIterator[tuple[RouterEnd, RouterLink, Rol
     def describe(session: int) -> Register:
         return registration("p0", session=session)
 
-    link = RouterLink(server.endpoint, "p0", None, describe, role, lambda: None)
+    feed = CacheFeed(BlockPool(4, 4))
+    link = RouterLink(server.endpoint, "p0", None, describe, role, lambda: None, feed)
     task = asyncio.create_task(link.run())
     try:
         yield RouterEnd(server), link, role
@@ -100,6 +113,19 @@ async def test_nothing_is_dropped_while_the_counts_agree(tmp_path: Path) -> None
         assert role.dropped == []
 
 
+async def test_the_router_is_told_of_the_cache_and_again_when_it_asks(tmp_path: Path) -> None:
+    def begins(message: Message) -> bool:
+        return isinstance(message, CacheChanges) and message.number == 0
+
+    async with linked(tmp_path) as (router, _, role):
+        await router.register(session=0)
+        await router.next(CacheChanges, begins)
+        router.say(SendCache(), RouterHeartbeat(num_sent=0))
+        await router.next(CacheChanges, begins)
+        await router.heartbeat(num_sent=0)  # neither is a message about a request
+        assert role.dropped == role.got == []
+
+
 async def test_a_lost_message_of_the_router_ends_the_session(tmp_path: Path) -> None:
     async with linked(tmp_path) as (router, link, role):
         await router.register(session=0)
@@ -116,3 +142,35 @@ async def test_a_lost_message_of_the_router_ends_the_session(tmp_path: Path) -> 
         await router.heartbeat(num_sent=0)
         assert role.dropped == ["r"]
         assert role.got == [Cancel(request_id="a"), Cancel(request_id="b")]
+
+
+async def test_a_role_ends_and_the_next_one_registers(tmp_path: Path) -> None:
+    async with linked(tmp_path) as (router, link, role):
+        await router.register(session=0)
+        asked = ChangeRole(epoch=1, role="decode")
+        router.say(asked)
+        await router.heartbeat(num_sent=0)
+        link.leave("decode")
+        await router.next(Leaving, lambda m: m == Leaving(next_role="decode"))
+        link.end_role("decode")
+        await router.next(Left, lambda m: m == Left(next_role="decode"))
+        assert role.changes == [asked]
+        assert role.dropped == ["r"]
+        link.register_anew()
+        await router.register(session=1)
+        router.say(Cancel(request_id="a"))
+        await router.heartbeat(num_sent=0)
+        await router.heartbeat(num_sent=0)
+        assert role.got == [Cancel(request_id="a")]
+
+
+async def test_a_worker_without_a_role_stays_away_from_a_new_router(tmp_path: Path) -> None:
+    async with linked(tmp_path) as (router, link, _):
+        await router.register(session=0)
+        link.leave("decode")
+        await router.next(Leaving, lambda m: True)
+        router.say(RegisterAgain())
+        link.end_role("decode")
+        link.register_anew()
+        message = await router.next(Message, lambda m: not isinstance(m, Heartbeat | Left))
+        assert isinstance(message, Register)

@@ -8,15 +8,19 @@ export class NeedsKey extends Error {}
 export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
 
-export async function call(path, method = "GET") {
+export async function call(path, { method = "GET", body = null, patience = DEADLINE } = {}) {
   const key = sessionStorage.getItem(KEY);
   let answer;
   let content;
   try {
     answer = await fetch(`../admin/${path}`, {
       method,
-      headers: key === null ? {} : { Authorization: `Bearer ${key}` },
-      signal: AbortSignal.timeout(DEADLINE),
+      headers: {
+        ...(key === null ? {} : { Authorization: `Bearer ${key}` }),
+        ...(body === null ? {} : { "Content-Type": "application/json" }),
+      },
+      body: body === null ? null : JSON.stringify(body),
+      signal: AbortSignal.timeout(patience),
     });
     content = await answer.json();
   } catch {

@@ -6,6 +6,7 @@ import { $, clock, h, keyed, percent, quantity, seconds, setText } from "./dom.j
 import { Pools } from "./pools.js";
 import { Requests } from "./requests.js";
 import { showRequest } from "./waterfall.js";
+import { WhatIf } from "./what_if.js";
 
 const INTERVAL = 1000; // ms
 const MAX_POINTS = 120;
@@ -36,16 +37,17 @@ const charts = [
 ];
 const pools = new Pools();
 const requests = new Requests(openRequest, () => objective);
+const whatIf = new WhatIf((error) => error instanceof NeedsKey && askKey());
 
 async function poll() {
   clearTimeout(timer);
   try {
     const asked = objective;
     const after = points.at(-1)?.slot ?? 0;
-    const [overview, lists] = await Promise.all([
-      call(`overview?ttft=${asked.ttft}&tpot=${asked.tpot}&after=${after}`), call("requests"),
+    const [overview, lists, change] = await Promise.all([
+      call(`overview?ttft=${asked.ttft}&tpot=${asked.tpot}&after=${after}`), call("requests"), call("pools"),
     ]);
-    if (asked === objective) show(overview, lists);
+    if (asked === objective) show(overview, lists, change);
   } catch (error) {
     if (error instanceof NeedsKey) askKey();
     else sayProblem(error.message);
@@ -54,7 +56,7 @@ async function poll() {
   if (!document.hidden && !$("key").open) timer = setTimeout(poll, INTERVAL);
 }
 
-function show(overview, lists) {
+function show(overview, lists, change) {
   lastAnswer = Date.now() / 1000;
   $("problem").hidden = true;
   document.querySelector("main").hidden = false;
@@ -68,6 +70,7 @@ function show(overview, lists) {
   for (const chart of charts) chart.show(points, points.at(-1)?.slot ?? 0);
   pools.show(overview.workers, overview.stages);
   requests.show(lists);
+  whatIf.show(overview.workers, change);
 }
 
 function showPresent({ goodput, rates, ...latency }) {
@@ -137,11 +140,13 @@ function setObjective() {
   objective = chosen;
   localStorage.setItem(OBJECTIVE, JSON.stringify(objective));
   points = []; // their goodput is of the former objective
+  whatIf.setObjective(objective);
   poll();
 }
 
 $("charts").append(...charts.map((chart) => chart.element));
 for (const name of ["ttft", "tpot"]) $("objective").elements[name].value = objective[name] * 1000;
+whatIf.setObjective(objective);
 $("objective").addEventListener("change", setObjective);
 $("objective").addEventListener("submit", (event) => event.preventDefault());
 $("key").addEventListener("cancel", (event) => event.preventDefault());

@@ -8,7 +8,7 @@ const HEIGHT = 132;
 const MARGIN = { top: 8, right: 8, bottom: 18, left: 52 };
 
 // A round step that divides `top` into at most four.
-function step(top) {
+export function step(top) {
   const power = 10 ** Math.floor(Math.log10(top / 4));
   return power * [1, 2, 5, 10].find((factor) => factor * power * 4 >= top);
 }

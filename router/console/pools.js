@@ -66,7 +66,7 @@ export class Pools {
 
   async drain() {
     try {
-      await call(`workers/${encodeURIComponent(this.asked)}/drain`, "POST");
+      await call(`workers/${encodeURIComponent(this.asked)}/drain`, { method: "POST" });
       $("drain").close();
     } catch (error) {
       setText($("drain-error"), error.message);

@@ -9,7 +9,7 @@ const ABOUT = {
   to_prefill: "The request's way to the prefill worker and the first token's way back.",
   prefill_queue: "Waited on the prefill worker for other prompts. Too few prefill workers.",
   grant: "Waited until decode had reserved memory. The decode pool is full.",
-  prefill: "The prefill worker computed the prompt. Long prompts, or a small share of each step.",
+  prefill: "The prefill worker, or decode itself, computed the prompt. Long prompts, or a small share of each step.",
   deliver: "In the router, between a token's arrival and its event to the client. Much of it means that the router process is busy.",
   transfer: "The last blocks of KV moved and were verified. A slow or shared wire, or a slow peer.",
   first_step: "Decode's own first step: waited for the running one, then computed.",
@@ -31,7 +31,7 @@ export function showRequest(sequences, wanted, objective) {
 function facts(sequence) {
   const { attempts } = sequence;
   const cached = sequence.cached_tokens ? ` (${sequence.cached_tokens} cached)` : "";
-  const route = attempts.map(({ prefill, decode }) => `${prefill} → ${decode}`).join(", then ");
+  const route = attempts.map(({ prefill, decode }) => (prefill ? `${prefill} → ${decode}` : decode)).join(", then ");
   const pairs = [
     ["Arrived", clock(sequence.received)],
     ["Outcome", sequence.outcome ?? `under way: ${label(sequence.stage)}`],

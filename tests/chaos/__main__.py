@@ -119,6 +119,7 @@ def play(stage: Stage, scenario: Scenario, seed: int, row: Row) -> None:
     if figures.broken:
         broken = ", ".join(figures.broken)
         console.print(f"[red]{scenario.name}, seed {seed}: {broken}", highlight=False)
+        console.print("\n".join(figures.evidence), markup=False, highlight=False)
         console.print(stage.logs(), markup=False, highlight=False)
         stage.close()
 

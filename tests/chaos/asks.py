@@ -30,6 +30,7 @@ class Ask:
     prompt: tuple[int, ...]
     max_tokens: int
     seeded: bool = False
+    timeout: float | None = None  # seconds that it may take
 
     def body(self) -> dict[str, Any]:
         """The JSON of a streamed completion."""
@@ -41,6 +42,7 @@ class Ask:
             "return_token_ids": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "timeout": self.timeout,
             **(SEEDED if self.seeded else GREEDY),
         }
 

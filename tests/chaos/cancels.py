@@ -6,15 +6,16 @@ import random
 import time
 from collections.abc import Callable
 
+from tests.chaos import phases
 from tests.chaos.asks import Ask, draw
 from tests.chaos.clients import Stream
 from tests.chaos.figures import Figures
+from tests.chaos.phases import Phase
 from tests.chaos.scene import Scene
-from tests.stack import IDLE, eventually, scrape
+from tests.stack import IDLE, eventually
 
 FREED = 2.0  # seconds after the clients went
-RUNNING = "kvferry_num_requests_running"
-WAITING = "kvferry_num_requests_waiting"
+LINGER = 0.05  # seconds in a phase at most
 
 Reached = Callable[[list[Stream]], bool]
 
@@ -31,27 +32,17 @@ def on_arrival(scene: Scene, rng: random.Random) -> Figures:
 
 def in_router_queue(scene: Scene, rng: random.Random) -> Figures:
     """While more have come than the decode worker has room for."""
-    asks = draw(rng, 14, prompt=(4, 60), output=(300, 400))
-    page = f"{scene.stack.url}/metrics"
-    return _cancelled(scene, asks, lambda _: scrape(page, scene.stack.client)[WAITING] > 0)
+    return _cancelled_in(scene, rng, phases.ROUTER_QUEUE)
 
 
 def in_prefill_queue(scene: Scene, rng: random.Random) -> Figures:
     """While one of two waits for the prefill worker, which takes one at a time."""
-    asks = draw(rng, 2, prompt=(350, 400), output=(10, 60))
-    return _cancelled(scene, asks, lambda _: scene.stack.metrics("prefill")[WAITING] > 0)
+    return _cancelled_in(scene, rng, phases.PREFILL_QUEUE)
 
 
 def in_a_chunk(scene: Scene, rng: random.Random) -> Figures:
     """While prefill computes their prompts, before any token."""
-    asks = draw(rng, 2, prompt=(800, 900), output=(10, 100))
-    return _cancelled(
-        scene,
-        asks,
-        lambda streams: (
-            scene.stack.metrics("prefill")[RUNNING] > 0 and not any(s.token_ids for s in streams)
-        ),
-    )
+    return _cancelled_in(scene, rng, phases.CHUNK)
 
 
 def waiting_for_a_grant(scene: Scene, rng: random.Random) -> Figures:
@@ -64,14 +55,12 @@ def waiting_for_a_grant(scene: Scene, rng: random.Random) -> Figures:
 
 def in_decode_queue(scene: Scene, rng: random.Random) -> Figures:
     """While more are handed off than the running batch takes."""
-    asks = draw(rng, 14, prompt=(4, 12), output=(300, 400))
-    return _cancelled(scene, asks, lambda _: scene.stack.metrics("decode")[WAITING] > 0)
+    return _cancelled_in(scene, rng, phases.DECODE_QUEUE)
 
 
 def while_decoding(scene: Scene, rng: random.Random) -> Figures:
     """In the midst of their streams."""
-    asks, count = draw(rng, 4, prompt=(4, 60), output=(190, 200)), rng.randint(2, 50)
-    return _cancelled(scene, asks, lambda streams: all(len(s.token_ids) > count for s in streams))
+    return _cancelled_in(scene, rng, phases.DECODING)
 
 
 def while_decode_stands_still(scene: Scene, rng: random.Random) -> Figures:
@@ -86,13 +75,23 @@ def while_prefill_stands_still(scene: Scene, rng: random.Random) -> Figures:
     return _cancelled_frozen(scene, asks, "prefill-0", after=rng.uniform(0.02, 0.25))
 
 
-def _cancelled(scene: Scene, asks: list[Ask], reached: Reached) -> Figures:
-    """Cancel all once a phase is reached."""
+def _cancelled_in(scene: Scene, rng: random.Random, phase: Phase) -> Figures:
+    """Cancel all a moment after a phase is reached."""
+
+    def reached(streams: list[Stream]) -> bool:
+        return phase.reached(scene, streams)
+
+    return _cancelled(scene, phase.asks(rng), reached, linger=rng.uniform(0, LINGER))
+
+
+def _cancelled(scene: Scene, asks: list[Ask], reached: Reached, linger: float = 0.0) -> Figures:
+    """Cancel all ``linger`` seconds after a moment is reached."""
     answers = scene.reference.answers(asks)
     figures = Figures()
     began = time.monotonic()
     streams = [scene.clients.open(ask) for ask in asks]
     figures.require(eventually(lambda: reached(streams), IDLE), "the phase was not reached")
+    time.sleep(linger)
     figures.open_then = sum(not stream.ending for stream in streams)
     figures.disturbed_after = time.monotonic() - began
     scene.clients.cancel(streams)

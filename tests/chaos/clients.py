@@ -34,6 +34,7 @@ class Stream:
     opened: float = field(default_factory=time.monotonic)
     arrivals: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)  # of tokens, after each arrival
     ending: str = ""
     ended: float = 0.0
     _reasons: list[str] = field(default_factory=list)
@@ -46,6 +47,16 @@ class Stream:
         times = [self.opened, *self.arrivals]
         return max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
 
+    @property
+    def longest_gap(self) -> tuple[float, int]:
+        """Seconds between two arrivals at most, and the tokens until then, the prompt's included.
+
+        Whoever resumes the stream after the gap has to compute those tokens' KV.
+        """
+        pairs = zip(itertools.pairwise(self.arrivals), self.counts, strict=False)
+        gaps = [(later - earlier, len(self.ask.prompt) + n) for (earlier, later), n in pairs]
+        return max(gaps, default=(0.0, 0))
+
     def take(self, event: dict[str, Any]) -> None:
         """Note one server-sent event."""
         if "error" in event:
@@ -55,6 +66,7 @@ class Stream:
             if choice["token_ids"]:
                 self.arrivals.append(time.monotonic())
                 self.token_ids += choice["token_ids"]
+                self.counts.append(len(self.token_ids))
             self._reasons += [r for r in [choice["finish_reason"]] if r is not None]
         else:
             self._usage = event["usage"]

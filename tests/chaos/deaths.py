@@ -8,6 +8,9 @@ import time
 from tests.chaos.figures import Figures
 from tests.chaos.scene import Scene, play_disturbed
 
+DETECTION = 1.0  # seconds until a killed worker is given up
+PREFILLS = 1.5  # times a fresh prefill, to compute a stream's KV elsewhere
+
 
 def prefill_killed(scene: Scene, rng: random.Random) -> Figures:
     """``kill -9`` of a prefill worker."""
@@ -15,8 +18,11 @@ def prefill_killed(scene: Scene, rng: random.Random) -> Figures:
 
 
 def decode_killed(scene: Scene, rng: random.Random) -> Figures:
-    """``kill -9`` of a decode worker."""
-    return _killed(scene, rng, "decode")
+    """``kill -9`` of a decode worker. How long its streams pause is held against an aim."""
+    figures = _killed(scene, rng, "decode")
+    prefill = scene.seconds_to_first_token(rng, figures.longest_gap[1])
+    figures.aim = DETECTION + PREFILLS * prefill
+    return figures
 
 
 def _killed(scene: Scene, rng: random.Random, role: str) -> Figures:
@@ -50,12 +56,13 @@ def router_killed(scene: Scene, rng: random.Random) -> Figures:
     """The router is killed and started again: streams are cut, never ended as if complete."""
 
     def disturb(figures: Figures) -> None:
+        figures.allowed = frozenset({"cut", "unreachable"})
         scene.kill("router")
         time.sleep(rng.uniform(0, 3.0))
         scene.restart("router")
         figures.recovery = scene.seconds_to_full_service(rng)
 
-    return play_disturbed(scene, rng, disturb, allowed=frozenset({"cut", "unreachable"}))
+    return play_disturbed(scene, rng, disturb)
 
 
 def worker_drained(scene: Scene, rng: random.Random) -> Figures:

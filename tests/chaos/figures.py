@@ -17,29 +17,26 @@ class Figures:
     open_then: int | None = None  # of them, when the disturbance came
     disturbed_after: float | None = None  # from the first stream's opening
     longest_wait: float | None = None  # for a token, of the streams that finished
+    longest_gap: tuple[float, int] = 0.0, 0  # in a finished stream, see Stream.longest_gap
+    aim: float | None = None  # for that gap, where there is one
     recovery: float | None = None  # from the disturbance's end to full service, or to all freed
     tokens_compared: int = 0
     tokens_wrong: int = 0
     blocks_leaked: int = 0
     errors: Counter[str] = field(default_factory=Counter)  # what clients saw, by kind
+    allowed: frozenset[str] = frozenset()  # of these kinds; others break the promise
     broken: list[str] = field(default_factory=list)  # promises that did not hold
+    evidence: list[str] = field(default_factory=list)  # what helps to see why they did not
 
     def require(self, holds: bool, promise: str) -> None:
         """Note a broken promise unless it holds."""
         if not holds:
             self.broken.append(promise)
 
-    def compare(
-        self,
-        streams: Sequence[Stream],
-        answers: Sequence[Sequence[int]],
-        *,
-        allowed: frozenset[str] = frozenset(),
-    ) -> None:
+    def compare(self, streams: Sequence[Stream], answers: Sequence[Sequence[int]]) -> None:
         """Hold ended streams against undisturbed answers.
 
-        Whatever was streamed before an error or a cancel must be the answer's beginning. Kinds of
-        errors that are not ``allowed`` break the promise.
+        Whatever was streamed before an error or a cancel must be the answer's beginning.
         """
         for stream, answer in zip(streams, answers, strict=True):
             self.streams += 1
@@ -50,10 +47,11 @@ class Figures:
             self.tokens_wrong += wrong + abs(len(stream.token_ids) - len(expected))
             if finished:
                 self.longest_wait = max(self.longest_wait or 0.0, stream.longest_wait)
+                self.longest_gap = max(self.longest_gap, stream.longest_gap)
             elif stream.ending != CANCELLED:
                 self.errors[stream.ending] += 1
         self.require(self.tokens_wrong == 0, "clients got wrong tokens")
-        unexpected = sorted(set(self.errors) - allowed)
+        unexpected = sorted(set(self.errors) - self.allowed)
         self.require(not unexpected, f"clients saw {', '.join(unexpected)}")
 
 
@@ -71,6 +69,8 @@ class Row:
         open_then = [p.open_then for p in self.plays if p.open_then is not None]
         moments = [p.disturbed_after for p in self.plays if p.disturbed_after is not None]
         waits = [p.longest_wait for p in self.plays if p.longest_wait is not None]
+        gaps = [(p.longest_gap[0], p.aim) for p in self.plays if p.aim is not None]
+        gap, aim = max(gaps, key=lambda pair: pair[0] / pair[1], default=(0.0, 0.0))
         recoveries = [p.recovery for p in self.plays if p.recovery is not None]
         errors: Counter[str] = sum((p.errors for p in self.plays), Counter())
         broken = Counter(promise for p in self.plays for promise in p.broken)
@@ -81,6 +81,7 @@ class Row:
             f"{min(open_then)} to {max(open_then)}" if open_then else "-",
             f"{min(moments):.2f} to {max(moments):.2f}" if moments else "-",
             f"{max(waits):.1f}" if waits else "-",
+            f"{gap:.1f} ({aim:.1f})" if gaps else "-",
             f"{max(recoveries):.1f}" if recoveries else "-",
             f"{sum(p.tokens_compared for p in self.plays)}, {wrong} wrong",
             str(sum(p.blocks_leaked for p in self.plays)),
@@ -95,6 +96,7 @@ HEADINGS = (
     "open then",
     "disturbed after, s",
     "longest wait, s",
+    "gap (aim), s",
     "recovery, s",
     "tokens compared",
     "blocks leaked",

@@ -1,83 +1,121 @@
-"""Hosts that are network namespaces on one bridge, whose lines can be cut and made bad.
+"""Hosts that are network namespaces, joined by a switch whose lines can be cut and made bad.
 
-    clients ── front ── router ── bridge ──┬── prefill-0
-                                           └── decode-0
+    clients ──┬── router
+              │
+           switch ──┬── prefill-0
+                    └── decode-0
 
-The router has a line to its clients that is never touched. A cut drops every packet in silence:
-interfaces stay up and no connection is reset, as when a cable is pulled between two switches.
+The switch is a process of ours (see ``switch``). Clients, in the namespace of this process, have
+lines to every host, which are never spoilt. A cut drops every packet in silence: interfaces stay up
+and no connection is reset, as when a cable is pulled between two switches.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
-import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.chaos.line import Condition
 from tests.chaos.scene import CannotPlayError
 from tests.stack import Stack
 
+CLIENTS = "clients"
 CONTROL_PORT = 8100
+QUEUE = "5000"  # packets that wait for the switch, so that it loses none by itself
+
+Direction = tuple[str, str]  # from one host to another
 
 
-def _run(*words: str) -> str:
-    """Run ``ip`` or ``tc``. Raises CannotPlayError with what it said."""
+def _run(*words: str) -> None:
+    """Run ``ip``. Raises CannotPlayError with what it said."""
     if shutil.which(words[0]) is None:
         raise CannotPlayError(f"no {words[0]} on this machine")
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CannotPlayError(f"{words[0]} says {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
+
+
+class _SwitchProcess:
+    """The switch as its own process. Raises CannotPlayError when it cannot start."""
+
+    def __init__(self, devices: Iterable[str]) -> None:
+        """``devices`` are given as NAME=ADDRESS."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.switch", "0", *devices],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if (said := self._read()) != "ready":
+            self.close()
+            raise CannotPlayError(f"no switch: {said}")
+
+    def order(self, conditions: Sequence[tuple[str, str, Condition]]) -> int:
+        """Set all lines that are not perfect; the packets lost so far."""
+        assert self._process.stdin is not None
+        json.dump([(a, b, asdict(c)) for a, b, c in conditions], self._process.stdin)
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return int(self._read())
+
+    def close(self) -> None:
+        """End it, and its devices."""
+        self._process.communicate()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
 
 
 class Network:
     """``with Network(names) as network``: one namespace for each host, gone when left."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        """The first host is the router, to which clients have a line. Needs root."""
+        """Needs root."""
         tag = os.getpid() % 2**16
-        self._bridge = f"kvf{tag}"
+        self._name = f"kvf{tag}"
         self._hosts = list(hosts)
-        self._subnet = f"198.18.{tag % 256}"  # both for tests between networks: RFC 2544
-        self._front = f"198.19.{tag % 256}"
+        self._subnet = f"198.18.{tag % 256}"  # for tests between networks: RFC 2544
+        self._open = ExitStack()
+        self.num_lost = 0  # packets, by all lines that were spoilt
 
     def namespace(self, host: str) -> str:
         """The name of a host's namespace."""
-        return f"{self._bridge}-{host}"
+        return f"{self._name}-{host}"
 
     def address(self, host: str) -> str:
-        """A host's address on the bridge."""
+        """A host's address on the switch."""
         return f"{self._subnet}.{self._hosts.index(host) + 2}"
-
-    @property
-    def front(self) -> str:
-        """The router's address for clients."""
-        return f"{self._front}.2"
 
     def __enter__(self) -> Self:
         if os.geteuid():
             raise CannotPlayError("network namespaces need root")
-        try:
-            _run("ip", "link", "add", self._bridge, "type", "bridge", "forward_delay", "0")
-            _run("ip", "address", "add", f"{self._subnet}.1/24", "dev", self._bridge)
-            _run("ip", "link", "set", self._bridge, "up")
+        with ExitStack() as opened:
             for host in self._hosts:
-                namespace = self.namespace(host)
-                _run("ip", "netns", "add", namespace)
-                _run("ip", "-n", namespace, "link", "set", "lo", "up")
-                self._lay_line(host, self._port(host), "back", f"{self.address(host)}/24")
-                self._plug_in(host)
-            front = f"{self._bridge}f"
-            self._lay_line(self._hosts[0], front, "front", f"{self.front}/24")
-            _run("ip", "address", "add", f"{self._front}.1/24", "dev", front)
-        except BaseException:
-            self._remove()
-            raise
+                _run("ip", "netns", "add", self.namespace(host))
+                opened.callback(_run, "ip", "netns", "delete", self.namespace(host))
+                _run("ip", "-n", self.namespace(host), "link", "set", "lo", "up")
+            ports = {CLIENTS: f"{self._subnet}.1"} | {h: self.address(h) for h in self._hosts}
+            devices = {name: f"{self._name}p{i}" for i, name in enumerate(ports)}
+            self._switch = _SwitchProcess(f"{devices[name]}={ports[name]}" for name in ports)
+            opened.callback(self._switch.close)  # before the namespaces with the devices go
+            for name, device in devices.items():
+                if name != CLIENTS:
+                    _run("ip", "link", "set", device, "netns", self.namespace(name))
+                ip = ("ip",) if name == CLIENTS else ("ip", "-n", self.namespace(name))
+                _run(*ip, "address", "add", f"{ports[name]}/24", "dev", device)
+                _run(*ip, "link", "set", device, "txqueuelen", QUEUE, "up")
+            self._open = opened.pop_all()
         return self
 
     def __exit__(
@@ -86,66 +124,28 @@ class Network:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._remove()
+        self._open.close()
+
+    def touching(self, host: str) -> list[Direction]:
+        """Both directions of each line of a host."""
+        return [direction for direction in self.among(self._hosts) if host in direction]
+
+    def leaving(self, host: str) -> list[Direction]:
+        """The directions from a host to the others."""
+        return [direction for direction in self.among(self._hosts) if host == direction[0]]
+
+    def among(self, hosts: Iterable[str]) -> list[Direction]:
+        """Both directions of each line between two of these hosts."""
+        return list(itertools.permutations(hosts, 2))
 
     @contextmanager
-    def unplugged(self, host: str) -> Iterator[None]:
-        """The host reaches no other host, for the block's time."""
-        _run("ip", "link", "set", self._port(host), "nomaster")
+    def spoilt(self, directions: Iterable[Direction], condition: Condition) -> Iterator[None]:
+        """These lines are in this condition for the block's time; all others are perfect."""
+        self._switch.order([(self.address(a), self.address(b), condition) for a, b in directions])
         try:
             yield
         finally:
-            self._plug_in(host)
-
-    @contextmanager
-    def separated(self, hosts: Sequence[str]) -> Iterator[None]:
-        """These hosts do not reach one another, but reach the others."""
-        self._isolate(hosts, "on")
-        try:
-            yield
-        finally:
-            self._isolate(hosts, "off")
-
-    @contextmanager
-    def bad_line(self, host: str, *discipline: str) -> Iterator[None]:
-        """What the host receives goes through a queueing discipline of ``tc``."""
-        # At the bridge: in its own namespace a sender would wait for its queue, and lose nothing.
-        where = ("dev", self._port(host), "root")
-        _run("tc", "qdisc", "replace", *where, *discipline)
-        try:
-            yield
-        finally:
-            _run("tc", "qdisc", "delete", *where)
-
-    def packets_lost(self, host: str) -> int:
-        """Packets that the host's bad line has dropped."""
-        shown = _run("tc", "-s", "qdisc", "show", "dev", self._port(host), "root")
-        return sum(map(int, re.findall(r"dropped (\d+)", shown)))
-
-    def _port(self, host: str) -> str:
-        return f"{self._bridge}p{self._hosts.index(host)}"
-
-    def _plug_in(self, host: str) -> None:
-        _run("ip", "link", "set", self._port(host), "master", self._bridge)
-
-    def _isolate(self, hosts: Sequence[str], state: str) -> None:
-        for host in hosts:
-            _run("ip", "link", "set", self._port(host), "type", "bridge_slave", "isolated", state)
-
-    def _lay_line(self, host: str, outside: str, inside: str, address: str) -> None:
-        namespace = self.namespace(host)
-        peer = ("peer", "name", inside, "netns", namespace)
-        _run("ip", "link", "add", outside, "type", "veth", *peer)
-        _run("ip", "link", "set", outside, "up")
-        _run("ip", "-n", namespace, "address", "add", address, "dev", inside)
-        _run("ip", "-n", namespace, "link", "set", inside, "up")
-
-    def _remove(self) -> None:
-        for words in (
-            *(("netns", "delete", self.namespace(host)) for host in self._hosts),
-            ("link", "delete", self._bridge),
-        ):
-            subprocess.run(["ip", *words], capture_output=True, check=False)
+            self.num_lost = self._switch.order([])
 
 
 class NetworkStack(Stack):
@@ -165,10 +165,10 @@ class NetworkStack(Stack):
             model,
             prefill=prefill,
             decode=decode,
-            router=("--host", network.front, *router),
+            router=("--host", network.address("router"), *router),
             worker=worker,
             control=f"tcp://{network.address('router')}:{CONTROL_PORT}",
-            host=network.front,
+            host=network.address("router"),
         )
         self.network = network
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.chaos import cancels, cuts, deaths, load, settings
+from tests.chaos import cancels, cuts, deadlines, deaths, load, restarts, settings, stuck
 from tests.chaos.figures import Figures
 from tests.chaos.scene import Scene
 
@@ -49,6 +49,11 @@ SCENARIOS: list[Scenario] = [
         cuts.worker_cut,
         cuts.narrow_lines,
         cuts.lossy_lines,
+        cuts.very_lossy_lines,
+        cuts.slow_lines,
+        restarts.restarted_in_place,
+        restarts.late_messages,
+        stuck.thread_stuck,
     ),
     *_all(
         settings.small,
@@ -66,6 +71,7 @@ SCENARIOS: list[Scenario] = [
     *_all(
         settings.small,
         "",
+        deadlines.deadlines_pass,
         load.decode_overloaded,
         load.connections,
         load.cancel_flood,

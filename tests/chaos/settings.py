@@ -30,7 +30,8 @@ SMALL: Workers = {
     "prefill-0": ("--max-num-batched-tokens", "4", "--max-num-seqs", "1"),
     "decode-0": ("--num-kv-blocks", "64", "--max-model-len", "1024", "--max-num-seqs", "8"),
 }
-HOSTS: Workers = {"prefill-0": (*CHUNKS, *BLOCKS), "decode-0": BLOCKS}
+PORTS = ("--control-port", "8201", "--data-port", "8202", "--metrics-port", "8203")
+HOSTS: Workers = {"prefill-0": (*CHUNKS, *BLOCKS, *PORTS), "decode-0": (*BLOCKS, *PORTS)}
 
 
 @contextmanager

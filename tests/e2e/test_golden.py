@@ -19,7 +19,7 @@ from threading import Event
 import pytest
 
 from tests.checkpoints import CHECKPOINTS, reference_greedy, write_checkpoint
-from tests.stack import Stack
+from tests.stack import Stack, scrape
 
 B = 16  # tokens in a block
 NEW = 64  # tokens generated
@@ -172,6 +172,53 @@ def test_same_tokens_as_transformers(
     moved = lacked * decode["kvferry_kv_block_bytes"]
     assert prefill["kvferry_kv_transfer_bytes_total{direction=sent}"] == moved
     assert decode["kvferry_kv_transfer_bytes_total{direction=received}"] == moved
+
+
+@pytest.mark.parametrize(("name", "budget", "blocks"), [("llama", B, SMALL), ("qwen3", 64, BIG)])
+def test_decode_alone_gives_the_same_tokens(
+    checkpoints: Path, name: str, budget: int, blocks: int
+) -> None:
+    """The colocated mode."""
+    cases = golden(name, checkpoints)
+    with Stack(
+        cases.path,
+        worker=["--dtype", "float32", "--block-size", str(B), "--max-model-len", str(MAX_LEN)],
+        prefill=[],
+        decode=[["--num-kv-blocks", str(blocks), "--max-num-batched-tokens", str(budget)]],
+        router=PATIENT,
+    ) as stack:
+        assert stack.client.get("/ready").json()["colocated"]
+        for case in cases.alone:
+            assert complete(stack, case.prompt) == case.expected
+        together = complete_all(stack, cases.at_once, cases.growing)
+        assert together == [case.expected for case in (*cases.at_once, *cases.growing)]
+        stack.assert_idle()
+        decode, router = stack.metrics("decode"), scrape(f"{stack.url}/metrics", stack.client)
+    assert router["kvferry_requests_path_total{path=local}"] == len(cases.prompts)
+    assert decode["kvferry_kv_transfer_bytes_total{direction=received}"] == 0
+    if blocks == BIG:
+        assert decode["kvferry_prompt_tokens_computed_total"] == sum(map(len, cases.prompts))
+        assert decode["kvferry_recomputed_tokens_total"] == 0
+    else:
+        assert decode["kvferry_num_preemptions_total"] > 0
+
+
+def test_both_paths_give_the_same_tokens_side_by_side(checkpoints: Path) -> None:
+    """Short prompts are decode's own, long ones are handed off, in one batch."""
+    cases = golden("llama", checkpoints)
+    with Stack(
+        cases.path,
+        worker=["--dtype", "float32", "--block-size", str(B)],
+        router=["--disaggregation", "auto", "--local-prefill-tokens", str(2 * B)],
+    ) as stack:
+        for case in cases.alone:
+            assert complete(stack, case.prompt) == case.expected
+        assert complete_all(stack, cases.at_once, []) == [c.expected for c in cases.at_once]
+        stack.assert_idle()
+        paths = scrape(f"{stack.url}/metrics", stack.client)
+    # Alone the short ones are all decode's; at once only those that find it without a prompt.
+    assert paths["kvferry_requests_path_total{path=local}"] >= 5
+    assert paths["kvferry_requests_path_total{path=remote}"] >= 2
 
 
 def test_over_mapped_memory(checkpoints: Path) -> None:

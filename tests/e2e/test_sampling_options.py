@@ -1,4 +1,7 @@
-"""Logprobs, grammars and salts from a dispatcher through both workers and back."""
+"""Logprobs, grammars and salts from a dispatcher through its workers and back.
+
+Through a prefill and a decode worker, and through a decode worker alone.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from tokenizers import Tokenizer
 from protocol.errors import InvalidRequestError
 from protocol.link import Server
 from protocol.sampling import Grammar, SamplingParams, TokenLogprobs
+from router.disaggregation import Disaggregation, Mode
 from router.dispatch import Dispatcher
 from router.generation import GenerationRequest, TokenChunk
 from tests.checkpoints import CHECKPOINTS, reference_model, write_checkpoint
@@ -54,11 +58,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(CHECKPOINTS["llama"], tmp_path_factory.mktemp("model") / "llama")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def dispatcher(model: Path) -> AsyncIterator[Dispatcher]:
-    workers = Workers(model, worker=["--dtype", "float32", "--max-num-batched-tokens", "32"])
+@pytest_asyncio.fixture(
+    scope="module", loop_scope="module", params=[1, 0], ids=["disaggregated", "colocated"]
+)
+async def dispatcher(model: Path, request: pytest.FixtureRequest) -> AsyncIterator[Dispatcher]:
+    workers = Workers(
+        model,
+        prefill=[()] * request.param,
+        worker=["--dtype", "float32", "--max-num-batched-tokens", "32"],
+    )
     link = Server(workers.control)
-    dispatcher = Dispatcher(link, CollectorRegistry())
+    mode: Mode = "always" if request.param else "never"
+    dispatcher = Dispatcher(link, CollectorRegistry(), disaggregation=Disaggregation(mode))
     with workers:
         serving = asyncio.create_task(dispatcher.run())
         assert await asyncio.to_thread(
@@ -116,7 +127,7 @@ async def test_caches_are_told_apart_by_their_salts(dispatcher: Dispatcher) -> N
         assert chunks[0].num_cached_tokens == cached
 
 
-async def test_grammars_bind_both_workers(dispatcher: Dispatcher, model: Path) -> None:
+async def test_grammars_bind_every_token(dispatcher: Dispatcher, model: Path) -> None:
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     schema = Grammar(kind="json_schema", text=json.dumps(INVOICE))
     for seed in range(4):

@@ -114,7 +114,7 @@ class DataPlane:
 
     def _open(self, grant_id: int, blocks: list[int]) -> None:
         self.receives[grant_id] = blocks
-        self._receiver.open(grant_id, blocks)
+        self._receiver.open(grant_id, blocks, b"")
 
     def _round(self) -> None:
         """Once around the loop of a transfer thread."""

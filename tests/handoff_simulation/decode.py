@@ -22,11 +22,18 @@ from kvtransfer.events import (
 )
 from kvtransfer.inproc import InProcessNetwork
 from protocol.errors import DeadlineError
-from protocol.messages import Accepted, Message, RequestFailed, TokenUpdate
+from protocol.messages import (
+    Accepted,
+    FirstToken,
+    GenerateRequest,
+    Message,
+    RequestFailed,
+    TokenUpdate,
+)
 from tests.fake_model import VOCAB, Memory
 from tests.handoff_simulation.data_plane import DataPlane
 from tests.handoff_simulation.network import Network
-from tests.handoff_simulation.setup import EPOCH, FINGERPRINT, GEOMETRY, Setup
+from tests.handoff_simulation.setup import EPOCH, FINGERPRINT, GEOMETRY, Request, Setup
 
 PEER = b"prefill"  # the identity of the prefill worker's link
 
@@ -40,7 +47,7 @@ class SimulatedDecode:
         network: Network,
         ends: InProcessNetwork,
         to_prefill: Callable[[Message], None],
-        to_router: Callable[[TokenUpdate | RequestFailed], None],
+        to_router: Callable[[FirstToken | TokenUpdate | RequestFailed], None],
     ) -> None:
         self._network = network
         self._to_prefill = to_prefill
@@ -82,13 +89,14 @@ class SimulatedDecode:
                     self._network.post("decode>prefill", partial(self._to_prefill, message))
                     if isinstance(message, Accepted) and self._network.random.random() < 0.2:
                         self._network.post("decode>prefill", partial(self._to_prefill, message))
-                case adm.OpenReceive(grant_id, blocks):
+                case adm.OpenReceive(grant_id, blocks, _):
                     self.grants[grant_id] = blocks
                     self.plane.open_grant(grant_id, blocks)
                 case adm.CloseReceive(grant_id):
                     self.plane.close_grant(grant_id)
-                case adm.Admit(sequence, router_id, deadline):
-                    self.residents.add(sequence.request_id, Resident(router_id, deadline))
+                case adm.Admit(sequence, router_id, deadline, waited):
+                    resident = Resident(router_id, deadline, self._network.now, waited)
+                    self.residents.add(sequence.request_id, resident)
                     self.scheduler.add(sequence)
                 case adm.Abandon(request_id):
                     self._drop(request_id)
@@ -96,6 +104,17 @@ class SimulatedDecode:
                     self._network.post("decode>router", partial(self._to_router, failed))
                 case _:
                     assert_never(action)
+
+    def start(self, attempt_id: str, request: Request, token_ids: list[int]) -> None:
+        """The router's GenerateRequest arrives."""
+        asked = GenerateRequest(
+            request_id=attempt_id,
+            token_ids=token_ids,
+            num_prompt_tokens=len(request.prompt),
+            sampling=request.sampling,
+            timeout=request.deadline - self._network.now,
+        )
+        self.handle(adm.Asked("router", asked))
 
     def hear(self, message: Message, peer: bytes = PEER) -> None:
         """A prefill worker's message arrives."""
@@ -127,14 +146,14 @@ class SimulatedDecode:
             or self.scheduler.num_waiting
             or self.scheduler.running
             or len(self.residents)
-            or self.admission.num_open
+            or self.admission.grants.num_open
             or self.pool.num_used
             or not self.plane.quiet
         )
 
     def check(self) -> None:
         """Every block reference has exactly one owner."""
-        owned = [*self.scheduler.owned_blocks(), *self.admission.owned_blocks()]
+        owned = [*self.scheduler.owned_blocks(), *self.admission.grants.owned_blocks()]
         self.pool.check_integrity(owned)
 
     def _from_transfer(self, event: TransferEvent) -> None:
@@ -168,13 +187,24 @@ class SimulatedDecode:
         batch, token_ids = self._step
         self._step = None
         for new in self.scheduler.commit(token_ids or self.memory.run(batch)):
-            update = TokenUpdate(
-                request_id=new.sequence.request_id,
-                index=new.sequence.num_output_tokens - 1,
+            name, index = new.sequence.request_id, new.sequence.num_output_tokens - 1
+            resident = self.residents.get(name)
+            told: FirstToken | TokenUpdate = TokenUpdate(
+                request_id=name,
+                index=index,
                 token_ids=[new.token_id],
                 finish_reason=new.finish_reason,
             )
+            if resident.awaits_first_token:
+                told = FirstToken(
+                    request_id=name,
+                    index=index,
+                    token_id=new.token_id,
+                    finish_reason=new.finish_reason,
+                    num_cached_tokens=new.sequence.num_cached,
+                )
+            resident.account(self._network.now)
             if new.finish_reason is not None:
-                self.residents.remove(new.sequence.request_id)
-            self._network.post("decode>router", partial(self._to_router, update))
+                self.residents.remove(name)
+            self._network.post("decode>router", partial(self._to_router, told))
         self.handle(adm.Tick())

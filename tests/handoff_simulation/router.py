@@ -27,21 +27,27 @@ from tests.handoff_simulation.setup import DECODE, EPOCH, PREFILL, Request
 
 
 class SimulatedRouter:
-    """``start(attempt_id, request, token_ids)`` and ``cancel_on(worker_id, attempt_id)`` are what
-    its messages do when they arrive.
+    """``start(attempt_id, request, token_ids)``, ``start_alone`` with the same arguments, and
+    ``cancel_on(worker_id, attempt_id)`` are what its messages do when they arrive.
+
+    Decode serves ``alone`` of the attempts without prefill.
     """
 
     def __init__(
         self,
         network: Network,
         start: Callable[[str, Request, list[int]], None],
+        start_alone: Callable[[str, Request, list[int]], None],
         cancel_on: Callable[[str, str], None],
+        alone: float,
     ) -> None:
         self.requests: dict[str, Request] = {}
         self._attempts: dict[str, Request] = {}  # every one there ever was
         self._network = network
         self._start = start
+        self._start_alone = start_alone
         self._cancel_on = cancel_on
+        self._alone = alone
 
     def submit(
         self,
@@ -92,12 +98,14 @@ class SimulatedRouter:
         lifecycle = request.lifecycle
         if lifecycle.state is not RequestState.WAITING:
             return
-        lifecycle.handle(Placed(PREFILL, DECODE))
+        alone = self._network.random.random() < self._alone
+        lifecycle.handle(Placed(None if alone else PREFILL, DECODE))
         request.num_attempts += 1
         attempt_id = lifecycle.attempt_id
         self._attempts[attempt_id] = request
         token_ids = [*request.prompt, *lifecycle.token_ids]
-        self._network.post("router>prefill", lambda: self._start(attempt_id, request, token_ids))
+        side, start = ("decode", self._start_alone) if alone else ("prefill", self._start)
+        self._network.post(f"router>{side}", lambda: start(attempt_id, request, token_ids))
 
     def _handle(self, request: Request, event: Event) -> None:
         for action in request.lifecycle.handle(event):

@@ -28,6 +28,7 @@ class Setup:
     ask_ahead: int = 8
     prefill_fingerprint: Fingerprint = FINGERPRINT
     transfer: TransferConfig = field(default_factory=TransferConfig)  # of both workers
+    alone: float = 0.0  # share of the attempts that decode serves without prefill
 
 
 @dataclass(slots=True, eq=False)

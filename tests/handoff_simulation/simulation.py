@@ -45,7 +45,9 @@ class Simulation:
             to_prefill=lambda message: self.prefill.hear(message),
             to_router=lambda event: self.router.hear(DECODE, event),
         )
-        self.router = SimulatedRouter(self.network, self.prefill.start, self._cancel_on)
+        self.router = SimulatedRouter(
+            self.network, self.prefill.start, self.decode.start, self._cancel_on, setup.alone
+        )
         self.requests = self.router.requests
 
     @property

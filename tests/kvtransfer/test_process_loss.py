@@ -16,6 +16,8 @@ import pytest
 from kvtransfer.transport import Message, Operation
 from kvtransfer.ucx import UCXTransport
 
+pytestmark = pytest.mark.usefixtures("loopback_only")
+
 EAGER, RENDEZVOUS, LONG = 4 << 10, 128 << 10, 64 << 20  # bytes
 DEADLINE = 20.0  # seconds
 
@@ -175,9 +177,9 @@ def test_killed_after_the_end(transport: UCXTransport, start: Start) -> None:
 def test_frozen_sender_is_given_up_by_closing_what_comes_in(
     transport: UCXTransport, start: Start
 ) -> None:
-    victim = start("offer", transport.address.decode(), "1", str(LONG), "1")
+    victim = start("offer", transport.address.decode(), "1", str(LONG), "2")
     line(victim)
-    message = probe(transport)
+    message, unposted = probe(transport), probe(transport)
     victim.send_signal(signal.SIGSTOP)
     buffer = np.zeros(LONG, np.uint8)
     operation = transport.receive(message, buffer)
@@ -186,6 +188,7 @@ def test_frozen_sender_is_given_up_by_closing_what_comes_in(
     transport.close_incoming()
     until(transport, lambda: operation.done)
     assert operation.error
+    assert receive(transport, unposted)[2].error
     written = int(buffer.sum(dtype=np.int64))
     victim.send_signal(signal.SIGCONT)
     settle(transport, 0.5)

@@ -21,6 +21,8 @@ from kvtransfer.events import (
 )
 from tests.kvtransfer.peers import DEADLINE, Peer, spawner
 
+pytestmark = pytest.mark.usefixtures("loopback_only")
+
 ROW, BLOCKS = 128 << 10, 2048  # 256 MiB: long enough to be interrupted
 
 Start = Callable[[int, int], subprocess.Popen[str]]
@@ -128,3 +130,26 @@ def test_a_frozen_sender_is_given_up_though_others_send(receiver: Peer, start: S
             if any(event.grant_id == 1 for event in receiver.untaken(GrantClosed)):
                 break
             assert time.monotonic() < deadline, "its blocks are never freed"
+
+
+@pytest.mark.parametrize("receiver", ["given up"], indirect=True)
+def test_a_frozen_sender_leaves_room_for_others(receiver: Peer, start: Start) -> None:
+    """It has offered all it may before its connection is given up, and holds part of the slots."""
+    theirs, others = range(BLOCKS - 64), range(BLOCKS - 64, BLOCKS)
+    receiver.thread.open_grant(1, theirs, b"frozen")
+    frozen = start(1, len(theirs))
+    receiver.expect(BlocksReceived)
+    frozen.send_signal(signal.SIGSTOP)
+    receiver.thread.open_grant(2, others, b"other")
+    start(2, len(others))
+    arrived = 0
+    while arrived < len(others):
+        event = receiver.expect(BlocksReceived)
+        arrived += len(event.digests) * (event.grant_id == 2)
+    assert (receiver.rows[others.start :] == 0xAB).all()
+    half = TransferConfig().max_in_flight // 2
+    assert 0 < receiver.thread.snapshot().receives_in_flight <= half
+    assert not receiver.untaken(ReceiveFailed)
+    receiver.thread.close_grant(1)
+    assert receiver.expect(GrantClosed).grant_id == 1
+    assert receiver.thread.snapshot().refused["closing_grant"] > 0  # what had waited

@@ -1,9 +1,16 @@
-"""Worker profiles whose steps can be timed by hand."""
+"""Worker profiles whose steps can be timed by hand, and steps timed by a model."""
 
 from __future__ import annotations
 
+from random import Random
+
+from engine.batch import Batch, BatchRow
+from engine.sequence import Sequence
+from engine.step_sums import StepTimes
 from planner.latency import DecodeFit, LinearLatency, PrefillFit
 from planner.profile import Link, WorkerProfile
+from protocol.messages import Role
+from protocol.sampling import SamplingParams
 
 
 def profile(
@@ -29,3 +36,32 @@ def profile(
         kv_bytes_per_token=kv_bytes_per_token,
         link=Link(bytes_per_second=bytes_per_second, latency=link_latency),
     )
+
+
+def batch(*rows: tuple[int, int]) -> Batch:
+    """Rows of (start, number of tokens)."""
+    return Batch(
+        tuple(
+            BatchRow(
+                Sequence(str(i), [0] * (start + num), start + num, SamplingParams(max_tokens=1)),
+                start,
+                num,
+            )
+            for i, (start, num) in enumerate(rows)
+        )
+    )
+
+
+def timed(role: Role, latency: LinearLatency, steps: int, noise: float = 0.0) -> StepTimes:
+    """Steps of one kind, of many sizes, each off by up to ``noise``."""
+    random, times = Random(role), StepTimes()
+    for _ in range(steps):
+        off = 1 + noise * random.uniform(-1, 1)
+        if role == "prefill":
+            num = random.randrange(16, 2000)
+            times.add(batch((0, num)), off * latency.step_seconds(num, num * num, 0, 0))
+        else:
+            contexts = [random.randrange(100, 900) for _ in range(random.randrange(1, 40))]
+            seconds = latency.step_seconds(0, 0, len(contexts), sum(contexts))
+            times.add(batch(*((context - 1, 1) for context in contexts)), off * seconds)
+    return times

@@ -23,6 +23,7 @@ from router.app import RouterSettings, create_app
 from router.generation import GenerationRequest, TokenChunk
 from router.http_protocol import BoundedHttpProtocol
 from router.text import TextModel
+from router.what_if_routes import Question
 
 MODEL = Path(__file__).parents[2] / "cli" / "demo_model"
 MAX_MODEL_LEN = 256
@@ -30,6 +31,27 @@ PATIENCE = 20.0  # seconds
 
 HANG = "hang"  # in a script: nothing more comes
 Script = Sequence[TokenChunk | Exception | str]
+
+
+@dataclass(eq=False)
+class ScriptedPools:
+    """Takes every change of the pools, or refuses it."""
+
+    change: dict[str, Any] | None = None
+    refusal: Exception | None = None
+
+    def present(self) -> dict[str, Any]:
+        return {"prefill": 2, "decode": 2, "change": self.change}
+
+    def resize(self, prefill: int, decode: int) -> None:
+        if self.refusal:
+            raise self.refusal
+        flip = {"worker": "decode-0", "role": "prefill", "state": "draining", "seconds": 0.1}
+        sizes = {"prefill": prefill, "decode": decode}
+        self.change = {**sizes, "state": "running", "reason": None, "flips": [flip]}
+
+    def flip(self, worker_id: str, role: str) -> None:
+        raise WorkerNotFoundError(f"no worker {worker_id!r} is registered")
 
 
 @dataclass(eq=False)
@@ -43,6 +65,9 @@ class ScriptedGenerator:
     requests: list[GenerationRequest] = field(default_factory=list)
     num_open: int = 0
     num_given: int = 0  # chunks
+    pools: ScriptedPools = field(default_factory=ScriptedPools)
+    prediction: dict[str, Any] | Exception = field(default_factory=dict)
+    questions: list[Question] = field(default_factory=list)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         self.requests.append(request)
@@ -67,6 +92,16 @@ class ScriptedGenerator:
         if worker_id != "p":
             raise WorkerNotFoundError(f"no worker {worker_id!r} is registered")
         return {"id": "p", "state": "leaving"}
+
+    async def predict(self, question: Question) -> dict[str, Any]:
+        self.questions.append(question)
+        if isinstance(self.prediction, Exception):
+            raise self.prediction
+        return self.prediction
+
+    @property
+    def colocated(self) -> bool:
+        return False
 
     def not_ready_reason(self) -> str | None:
         return self.reason
@@ -132,6 +167,7 @@ def routers(text: TextModel) -> Iterator[Callable[..., Router]]:
             text,
             generator,
             CollectorRegistry(),
+            generator.predict,
         )
         config = uvicorn.Config(
             app, http=BoundedHttpProtocol, log_level="critical", lifespan="off", ws="none"

@@ -320,7 +320,11 @@ def test_models_and_health(client: openai.OpenAI, router: Router) -> None:
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other/model")
     assert httpx.get(router.url + "/health").status_code == 200
-    assert httpx.get(router.url + "/ready").json() == {"ready": True, "reason": None}
+    assert httpx.get(router.url + "/ready").json() == {
+        "ready": True,
+        "reason": None,
+        "colocated": False,
+    }
     assert httpx.get(router.url + "/admin/workers").json() == {
         "workers": router.generator.workers()
     }

@@ -1,0 +1,1 @@
+"""KV beyond the pool: blocks of the prefix cache in host memory and on disk, and back."""

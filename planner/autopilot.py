@@ -1,0 +1,222 @@
+"""When to change the pools of a running system: decisions alone, made from what was observed.
+
+Two loops share one question, ``which pools would have served these requests best``, answered by
+simulation, so that queues and percentiles count:
+
+    forecast  every minute, over the busiest part of the window, with some slack: moves to the best
+              pools, and sets the range of ratios that the fast loop must stay in
+    misses    every quarter of a minute, over the last one, only while deadlines are being missed:
+              one worker at a time
+
+Roles come first, since a role changes in seconds; workers are added or removed only when no ratio
+of the present ones would do, or when fewer would. Nothing here reads a clock or does I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from planner.autopilot_terms import Decision, Limits, Observation, Pools, Predict, State
+from planner.observed import Row, outcome_of, requests_of
+from planner.outcome import Slo
+from planner.placement import Placement
+from planner.profile import WorkerProfile
+from planner.simulator import simulate
+from planner.workload import Request, at_rate, rate_of
+from protocol.errors import ConfigError
+
+MOST = 600  # requests of one simulation
+NEAR = 3  # workers that a forecast moves between the pools at most
+CALM = 5  # cool-downs before a change may be taken back
+
+
+def predictor(profile: WorkerProfile, limits: Placement, slo: Slo) -> Predict:
+    """Predictions by simulation; the pools of ``limits`` are replaced."""
+
+    def predict(requests: Sequence[Request], pools: Pools) -> float:
+        placement = limits.with_pools(pools.prefill, pools.decode)
+        return simulate(requests, placement, profile).attainment(slo)
+
+    return predict
+
+
+def decide(
+    seen: Observation, state: State, now: float, limits: Limits, predict: Predict
+) -> tuple[State, Decision | None]:
+    """What to change now, if anything, and the state after it. Never empties a pool."""
+    cooling = state.changed is not None and now < state.changed + limits.cool_down
+    one_pool = min(seen.pools.prefill, seen.pools.decode) == 0  # colocated, or not yet there
+    if seen.changing or cooling or one_pool:
+        return state, None
+    decision = None
+    if not seen.num_open and not _since(seen.rows, limits, limits.cool_down):
+        decision = _idle(seen, now, limits)
+    elif not _requests(seen.rows):
+        return state, None  # too little to go by: look again soon
+    elif now >= state.forecast_due:
+        state = replace(state, forecast_due=now + limits.forecast_every)
+        state, decision = _forecast(seen, state, now, limits, predict)
+    elif now >= state.react_due and _misses(seen, limits):
+        state = replace(state, react_due=now + limits.react_every)
+        decision = _react(seen, state, now, limits, predict)
+    if decision is None or _takes_back(decision, state, limits):
+        return state, None
+    direction = _direction(decision) or state.direction
+    unjudged = (*state.unjudged, decision)
+    return replace(state, changed=now, direction=direction, unjudged=unjudged), decision
+
+
+def judge(
+    seen: Observation, state: State, now: float, limits: Limits
+) -> tuple[State, list[Decision]]:
+    """The decisions whose cool-down is over, each with what came of it."""
+    judged, waiting = [], []
+    for one in state.unjudged:
+        end = one.at + limits.cool_down
+        if now < end:
+            waiting.append(one)
+            continue
+        begin = now - limits.window
+        rows = [row for row in seen.rows if one.at <= begin + row.arrival < end]
+        share = outcome_of(rows).attainment(limits.slo) if rows else None
+        judged.append(replace(one, outcome=share))
+    return replace(state, unjudged=tuple(waiting)), judged
+
+
+def _idle(seen: Observation, now: float, limits: Limits) -> Decision | None:
+    if limits.workers is None or seen.pools.num_workers <= limits.workers[0]:
+        return None
+    prefill = max(1, limits.workers[0] // 2)
+    wanted = Pools(prefill, limits.workers[0] - prefill)
+    reason = f"no request in {limits.cool_down:g} s: the fewest workers will do"
+    return Decision(now, "idle", seen.pools, wanted, reason, None)
+
+
+def _forecast(
+    seen: Observation, state: State, now: float, limits: Limits, predict: Predict
+) -> tuple[State, Decision | None]:
+    """The best pools for the window's busiest part, coming faster by the slack."""
+    requests = _requests(seen.rows)
+    present, faster = seen.pools, _faster(requests, limits.slack)
+    shares = {pools: predict(faster, pools) for pools in _ratios(present, NEAR)}
+    good = [pools.prefill for pools, share in shares.items() if share >= limits.slo.attainment]
+    state = replace(state, allowed=range(min(good), max(good) + 1) if good else None)
+    best = max(shares, key=lambda pools: (shares[pools], -_distance(pools, present)))
+    if limits.workers is not None:
+        other = _other_number(requests, best, limits.workers, limits, predict)
+        if other is not None:
+            wanted, share, reason = other
+            return state, Decision(now, "workers", present, wanted, reason, share)
+    if shares[best] - shares[present] < limits.margin:
+        return state, None
+    reason = f"at {1 / limits.slack:.2f} times the rate of the last {limits.window:g} s, "
+    reason += f"{shares[present]:.1%} within the SLO at {present}, {shares[best]:.1%} at {best}"
+    return state, Decision(now, "forecast", present, best, reason, shares[best])
+
+
+def _other_number(
+    requests: Sequence[Request],
+    best: Pools,
+    workers: tuple[int, int],
+    limits: Limits,
+    predict: Predict,
+) -> tuple[Pools, float, str] | None:
+    """One worker more when no ratio of the present ones does, one fewer when that does too.
+
+    Fewer workers must keep the SLO at a higher rate, so that they are not added again at once.
+    """
+    (fewest, most), target = workers, limits.slo.attainment
+    if predict(requests, best) < target:
+        if best.num_workers >= most:
+            return None
+        more = Pools(best.prefill + 1, best.decode), Pools(best.prefill, best.decode + 1)
+        shares = {pools: predict(requests, pools) for pools in more}
+        wanted = max(shares, key=lambda pools: shares[pools])
+        return wanted, shares[wanted], f"no ratio of {best.num_workers} workers keeps the SLO"
+    if best.num_workers <= fewest:
+        return None
+    faster = _faster(requests, limits.slack)
+    fewer = Pools(best.prefill - 1, best.decode), Pools(best.prefill, best.decode - 1)
+    shares = {pools: predict(faster, pools) for pools in fewer if min(pools.prefill, pools.decode)}
+    wanted = max(shares, key=lambda pools: shares[pools])
+    if shares[wanted] < target:
+        return None
+    reason = f"{wanted} keeps the SLO at {1 / limits.slack:.2f} times the rate"
+    return wanted, shares[wanted], reason
+
+
+def _misses(seen: Observation, limits: Limits) -> bool:
+    rows = _since(seen.rows, limits, limits.recent)
+    late = bool(rows) and outcome_of(rows).attainment(limits.slo) < limits.slo.attainment
+    return late or seen.wait > limits.slo.ttft
+
+
+def _react(
+    seen: Observation, state: State, now: float, limits: Limits, predict: Predict
+) -> Decision | None:
+    """One worker to the other pool, within what the forecast allows."""
+    requests = _requests(_since(seen.rows, limits, limits.recent))
+    if not requests:
+        return None
+    present, allowed = seen.pools, state.allowed
+    near = [
+        pools
+        for pools in _ratios(present, 1)
+        if pools == present or allowed is None or pools.prefill in allowed
+    ]
+    shares = {pools: predict(requests, pools) for pools in near}
+    best = max(shares, key=lambda pools: (shares[pools], pools == present))
+    if shares[best] - shares[present] < limits.margin:
+        return None
+    reason = f"deadlines are being missed: for the last {limits.recent:g} s {shares[present]:.1%}"
+    reason += f" within the SLO at {present}, {shares[best]:.1%} at {best}, simulated"
+    return Decision(now, "misses", present, best, reason, shares[best])
+
+
+def _ratios(present: Pools, near: int) -> list[Pools]:
+    """Ratios of as many workers, at most ``near`` moved, no pool empty."""
+    number = present.num_workers
+    first, last = max(1, present.prefill - near), min(number - 1, present.prefill + near)
+    return [Pools(prefill, number - prefill) for prefill in range(first, last + 1)]
+
+
+def _since(rows: Sequence[Row], limits: Limits, seconds: float) -> list[Row]:
+    return [row for row in rows if row.arrival >= limits.window - seconds]
+
+
+def _requests(rows: Sequence[Row]) -> list[Request]:
+    """The busiest part, no longer than a simulation takes; nothing while there is too little."""
+    try:
+        requests = requests_of(rows)
+    except ConfigError:
+        return []
+    last = MOST - 1
+    starts = range(max(1, len(requests) - last))
+    begin = min(
+        starts,
+        key=lambda i: requests[min(i + last, len(requests) - 1)].arrival - requests[i].arrival,
+    )
+    return requests[begin : begin + MOST]
+
+
+def _faster(requests: Sequence[Request], slack: float) -> list[Request]:
+    return list(at_rate(requests, rate_of(requests) / slack))
+
+
+def _takes_back(decision: Decision, state: State, limits: Limits) -> bool:
+    """Whether it undoes the last change of roles too soon after it."""
+    if state.changed is None or decision.kind not in ("forecast", "misses"):
+        return False
+    soon = decision.at < state.changed + CALM * limits.cool_down
+    return soon and _direction(decision) == -state.direction
+
+
+def _direction(decision: Decision) -> int:
+    if decision.wanted.num_workers != decision.present.num_workers:
+        return 0
+    return 1 if decision.wanted.prefill > decision.present.prefill else -1
+
+
+def _distance(a: Pools, b: Pools) -> int:
+    return abs(a.prefill - b.prefill)

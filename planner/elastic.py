@@ -1,0 +1,135 @@
+"""The autopilot over simulated workers: a route that also changes their roles.
+
+A worker that is to change takes nothing new, ends what it has, and serves in its new role
+``FLIP_SECONDS`` later, as the running system's does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from engine.block_pool import BlockPool
+from planner.autopilot import decide, judge
+from planner.autopilot_terms import Decision, Limits, Observation, Pools, Predict, State
+from planner.job import Job
+from planner.observed import Row
+from planner.profile import WorkerProfile
+from planner.routing import LONG_PROMPT
+from protocol.messages import Role
+
+LOOK_EVERY = 5.0  # seconds
+FLIP_SECONDS = 2.0  # from the end of a worker's drain to its new role
+
+
+class ElasticRoute:
+    """Fewest prompt tokens queued, fewest sequences held, among the workers of the role.
+
+    To be used with ``simulate(..., elastic=True)``. It looks at the pools when a request comes:
+    ``decisions`` are those that it carried out, ``judged`` the same with what came of them.
+    """
+
+    def __init__(
+        self, pools: Pools, profile: WorkerProfile, limits: Limits, predict: Predict
+    ) -> None:
+        roles: list[Role] = ["prefill"] * pools.prefill
+        self._roles = [*roles, *(["decode"] * pools.decode)]
+        self._next: dict[int, Role] = {}  # workers that drain, and what they become
+        self._ready = [0.0] * pools.num_workers
+        self._queued = [0] * pools.num_workers  # prompt tokens
+        self._held = [0] * pools.num_workers  # sequences, in either role
+        self._pairs: dict[int, tuple[int, int]] = {}
+        self._limits, self._predict = limits, predict
+        self._seconds = profile.latency.step_seconds(LONG_PROMPT, LONG_PROMPT**2, 0, 0)
+        self._state = State.at_start(0.0, limits)
+        self._look_due = 0.0
+        self._ended: deque[Row] = deque()  # arrivals on the simulation's clock
+        self.decisions: list[Decision] = []
+        self.judged: list[Decision] = []
+
+    def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
+        """See ``Route``. Caches play no part."""
+
+    def choose(self, job: Job) -> tuple[int, int]:
+        """See ``Route``."""
+        now = job.request.arrival
+        if now >= self._look_due:
+            self._look_due = now + LOOK_EVERY
+            self._look(now)
+        prefill = min(self._serving("prefill", now), key=self._queued.__getitem__)
+        decode = min(self._serving("decode", now), key=self._held.__getitem__)
+        self._pairs[job.number] = prefill, decode
+        self._queued[prefill] += job.request.prompt_tokens
+        self._held[prefill] += 1
+        self._held[decode] += 1
+        return prefill, decode
+
+    def prefilled(self, job: Job) -> None:
+        """See ``Route``."""
+        prefill = self._pairs[job.number][0]
+        self._queued[prefill] -= job.request.prompt_tokens
+        self._held[prefill] -= 1
+        self._drained(prefill, job.first_token)
+
+    def ended(self, job: Job) -> None:
+        """See ``Route``."""
+        decode = self._pairs.pop(job.number)[1]
+        self._held[decode] -= 1
+        self._drained(decode, job.last_token)
+        request, others = job.request, job.request.output_tokens - 1
+        tpot = (job.last_token - job.first_token) / others if others else None
+        row = Row(
+            request.arrival,
+            request.prompt_tokens,
+            request.output_tokens,
+            job.sequence.num_cached,
+            job.first_token - request.arrival,
+            tpot,
+        )
+        self._ended.append(row)
+
+    def _serving(self, role: Role, now: float) -> list[int]:
+        return [
+            index
+            for index, its in enumerate(self._roles)
+            if its == role and index not in self._next and self._ready[index] <= now
+        ]
+
+    def _look(self, now: float) -> None:
+        begin = now - self._limits.window
+        while self._ended and self._ended[0].arrival < begin:
+            self._ended.popleft()
+        rows = (row._replace(arrival=row.arrival - begin) for row in self._ended)
+        seen = Observation(
+            Pools(self._roles.count("prefill"), self._roles.count("decode")),
+            sorted((row for row in rows if row.arrival >= 0), key=lambda row: row.arrival),
+            wait=self._wait(now),
+            num_open=len(self._pairs),
+            changing=bool(self._next) or max(self._ready) > now,
+        )
+        self._state, judged = judge(seen, self._state, now, self._limits)
+        self.judged += judged
+        self._state, decision = decide(seen, self._state, now, self._limits, self._predict)
+        if decision is not None:
+            self.decisions.append(decision)
+            self._change(decision, now)
+
+    def _wait(self, now: float) -> float:
+        queued = min(self._queued[index] for index in self._serving("prefill", now))
+        return queued * self._seconds / LONG_PROMPT
+
+    def _change(self, decision: Decision, now: float) -> None:
+        """The least loaded workers of the pool that shrinks change."""
+        more = decision.wanted.prefill - decision.present.prefill
+        source: Role = "decode" if more > 0 else "prefill"
+        target: Role = "prefill" if more > 0 else "decode"
+        leaving = sorted(self._serving(source, now), key=self._held.__getitem__)[: abs(more)]
+        for index in leaving:
+            self._next[index] = target
+            self._drained(index, now)
+
+    def _drained(self, index: int, now: float) -> None:
+        """Once a worker that is to change holds nothing, it changes."""
+        if index in self._next and not self._held[index]:
+            self._roles[index] = self._next.pop(index)
+            self._ready[index] = now + FLIP_SECONDS

@@ -1,0 +1,19 @@
+"""Fixtures of the transfer tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def loopback_only() -> Iterator[None]:
+    """Keep a module's processes off interfaces that others add or remove meanwhile.
+
+    UCX lists the interfaces when a process starts and may use several for one peer; two processes
+    whose lists differ can fail to agree on them ("no remote ep address", "unreachable").
+    """
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("UCX_NET_DEVICES", "lo")
+        yield

@@ -1,0 +1,183 @@
+"""What routers know of the workers' caches: the messages, what they lose, and what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+
+from engine import cache_feed
+from engine.block_pool import BlockPool
+from engine.cache_feed import CacheFeed
+from engine.sequence import Sequence
+from protocol.hashing import HASH_BYTES, block_key
+from protocol.messages import CacheChanges, FirstToken, PrefillRequest, SendCache
+from protocol.sampling import SamplingParams
+from router.cached_blocks import CachedBlocks, PromptPrefix
+from router.generation import GenerationRequest
+from tests.router_scene import Scene, registration
+
+FINGERPRINT = registration("p0").fingerprint
+BLOCK = FINGERPRINT.geometry.block_size
+ONE = SamplingParams(max_tokens=1)
+
+
+def compute(pool: BlockPool, tokens: list[int], cache_salt: str = "") -> int:
+    """Let the pool cache a prompt; tokens that it had."""
+    prompt = Sequence("r", tokens, len(tokens), ONE, cache_salt=cache_salt)
+    assert pool.reserve(prompt, prompt.num_cacheable)
+    prompt.num_computed = len(tokens)
+    pool.publish(prompt, 0)
+    pool.release_sequence(prompt)
+    return prompt.num_cached
+
+
+def messages(feed: CacheFeed) -> Iterator[CacheChanges]:
+    while (message := feed.take()) is not None:
+        yield message
+
+
+def findable(pool: BlockPool) -> set[int]:
+    return set(map(block_key, pool.findable()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lost_messages_are_noticed_and_made_good(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_feed, "MAX_CHANGES", 5)
+    random, pool = Random(seed), BlockPool(12, BLOCK)
+    feed, known = CacheFeed(pool), CachedBlocks()
+    num_asked = 0
+    for _ in range(400):
+        compute(pool, [random.randrange(3) for _ in range(random.randrange(1, 30))])
+        message = feed.take()
+        if message is not None and random.random() < 0.9 and not known.apply(message):
+            num_asked += 1
+            feed.restart()
+    assert num_asked > 5
+    if not all(known.apply(message) for message in messages(feed)):
+        feed.restart()
+    assert all(known.apply(message) for message in messages(feed))
+    assert known.keys == findable(pool)
+
+
+def test_a_router_that_comes_late_gets_everything_and_one_that_is_away_costs_no_memory() -> None:
+    random, pool = Random(0), BlockPool(8, BLOCK)
+    feed = CacheFeed(pool)
+    for _ in range(100):
+        compute(pool, [random.randrange(1000) for _ in range(20)])
+        assert len(feed._findable) <= 2 * pool.num_blocks
+    feed.restart()
+    [snapshot] = messages(feed)
+    assert (snapshot.number, snapshot.evicted) == (0, b"")
+    known = CachedBlocks()
+    assert known.apply(snapshot)
+    assert known.keys == findable(pool)
+    assert feed.take() is None
+
+
+def test_a_block_that_comes_and_goes_between_two_messages_is_not_stored() -> None:
+    feed = CacheFeed(BlockPool(4, BLOCK))
+    assert feed.take() == CacheChanges(number=0, stored=b"", evicted=b"")
+    name = bytes(range(HASH_BYTES))
+    feed.stored(name, 0)
+    feed.evicted(name)
+    assert feed.take() == CacheChanges(number=1, stored=b"", evicted=name[:8])
+
+
+@pytest.mark.parametrize("cache_salt", ["", "tenant"])
+def test_the_router_names_blocks_as_workers_do(cache_salt: str) -> None:
+    tokens = list(range(4 * BLOCK))
+    pool = BlockPool(8, BLOCK, FINGERPRINT.block_salt)
+    compute(pool, tokens, cache_salt)
+    known = CachedBlocks()
+    feed = CacheFeed(pool)
+    feed.restart()
+    assert all(known.apply(message) for message in messages(feed))
+    for length, blocks in ((4 * BLOCK, 3), (4 * BLOCK + 1, 4), (BLOCK, 0), (1, 0), (0, 0)):
+        keys = PromptPrefix([*tokens, 0][:length], cache_salt)(FINGERPRINT)
+        assert known.leading(keys) == len(keys) == blocks
+    other = PromptPrefix(tokens, "other")(FINGERPRINT)
+    assert known.leading(other) == 0
+
+
+class Pools:
+    """Real block pools behind the workers of some routers, which are told of them by hand."""
+
+    def __init__(self, *workers: str, routers: int = 1) -> None:
+        self.scenes = [Scene(*workers) for _ in range(routers)]
+        self.pools = {w: BlockPool(64, BLOCK, FINGERPRINT.block_salt) for w in workers}
+        self.feeds = [{w: CacheFeed(pool) for w, pool in self.pools.items()} for _ in self.scenes]
+
+    def tell(self) -> None:
+        for scene, feeds in zip(self.scenes, self.feeds, strict=True):
+            for worker, feed in feeds.items():
+                for message in messages(feed):
+                    scene.say(worker, message)
+
+    def serve(self, scene: Scene, number: int, tokens: list[int]) -> tuple[str, int]:
+        """One request to its end: its prefill worker, and how many tokens that had cached."""
+        scene.wire.sent.clear()
+        scene.dispatch(GenerationRequest(f"{number}", tokens, ONE))
+        [(peer, asked)] = scene.wire.sent
+        assert isinstance(asked, PrefillRequest)
+        cached = compute(self.pools[peer.decode()], tokens)
+        first = FirstToken(
+            request_id=asked.request_id,
+            index=0,
+            token_id=1,
+            finish_reason="length",
+            num_cached_tokens=cached,
+        )
+        scene.say(peer.decode(), first)
+        return peer.decode(), cached
+
+
+def chat(user: int, turn: int) -> list[int]:
+    return [user] * (3 * BLOCK * (turn + 1))
+
+
+def test_three_routers_send_a_chat_where_its_prefix_is() -> None:
+    pools = Pools("p0", "p1", "p2", "d0", routers=3)
+    pools.tell()
+    random, homes = Random(0), {}
+    found = prompts = 0
+    for turn in range(6):
+        for user in range(6):
+            scene = random.choice(pools.scenes)
+            worker, cached = pools.serve(scene, 10 * turn + user, chat(user, turn))
+            assert homes.setdefault(user, worker) == worker
+            found += cached
+            prompts += len(chat(user, turn)) if turn else 0
+            pools.tell()
+    assert len(set(homes.values())) == 3
+    assert found >= prompts / 2  # all of each former turn but its last block
+    predicted = sum(s.count("router_predicted_cached_tokens") for s in pools.scenes)
+    assert predicted == found == sum(s.count("router_found_cached_tokens") for s in pools.scenes)
+
+
+def test_what_a_router_knows_of_a_worker_ends_with_its_session() -> None:
+    pools = Pools("p0", "p1", "d0")
+    [scene], [feeds] = pools.scenes, pools.feeds
+    pools.tell()
+    home, _ = pools.serve(scene, 0, chat(1, 3))
+    pools.tell()
+    rows = {row["id"]: row["cached_blocks"] for row in scene.dispatcher.workers()}
+    assert rows[home] == len(findable(pools.pools[home]))
+    scene.say(home, registration(home, session=1))
+    assert all(row["cached_blocks"] == 0 for row in scene.dispatcher.workers())
+    feeds[home].restart()
+    pools.tell()
+    assert scene.metrics.get_sample_value("kvferry_router_cached_blocks") == rows[home]
+
+
+def test_a_gap_is_asked_for_once_more() -> None:
+    scene = Scene("p0")
+    scene.say("p0", CacheChanges(number=0, stored=bytes(16), evicted=b""))
+    scene.say("p0", CacheChanges(number=2, stored=bytes(8), evicted=b""))
+    assert scene.wire.to("p0", SendCache) == [SendCache()]
+    assert scene.count("router_cache_resyncs") == 1
+    scene.say("stranger", CacheChanges(number=2, stored=bytes(8), evicted=b""))
+    assert scene.count("router_cache_resyncs") == 1
