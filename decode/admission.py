@@ -40,6 +40,7 @@ from decode.admission_events import (
     Tick,
 )
 from decode.grant import Grants, GrantState, OpenGrant, without_blocks
+from decode.room import Room
 from decode.terms import disagreement, misfit, objection
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
@@ -58,11 +59,7 @@ LATE_BLOCKS = 2.0  # seconds that blocks may come after the Handoff, or after on
 
 
 class Admission:
-    """What one decode worker lets in.
-
-    ``headroom()`` is the scheduler's word on how many blocks a new grant must leave free, or None
-    when newcomers have to wait.
-    """
+    """What one decode worker lets in. ``headroom()``: see ``decode.room``."""
 
     def __init__(
         self,
@@ -80,13 +77,11 @@ class Admission:
         self._fingerprint = fingerprint
         self._epoch = epoch
         self._vocab_size = vocab_size
-        self._headroom = headroom
         self._grant_timeout = grant_timeout
+        self.room = Room(pool, headroom)
         self.grants = Grants(new_grant_id, max_pending)
         self._acceptances = Acceptances(max_pending)
         self.leaving = False  # no new grants
-        # Asked before a prompt of decode's own gets blocks: one that may not yet is passed over.
-        self.may_start: Callable[[Sequence], bool] = lambda _: True
         self.num_expired = 0
         self.num_stale = 0  # hand-offs without a grant, requests to a former incarnation
         self.integrity_failures: dict[str, int] = {}  # by reason
@@ -101,10 +96,7 @@ class Admission:
                 grant = self.grants.of_request(event.message.request_id)
                 given = grant is not None and grant.peer == event.peer
                 return self._advance(grant if given else None, event, now)
-            case Asked():
-                grant = self.grants.of_request(event.request.request_id)
-                return self._advance(grant, event, now)
-            case Cancelled():
+            case Asked() | Cancelled():
                 return self._advance(self.grants.of_request(event.request_id), event, now)
             case Received() | ReceiveFailed() | Closed():
                 return self._advance(self.grants.numbered(event.grant_id), event, now)
@@ -233,23 +225,13 @@ class Admission:
         return self._grant_pending(now)
 
     def _grant_pending(self, now: float) -> list[Action]:
-        """Reserve blocks for waiting requests, first come first served, while there is room."""
         actions: list[Action] = []
-        for grant in self.grants.pending():
-            if grant.peer is None and not self.may_start(grant.sequence):
-                continue
-            if not self._reserve(grant):
-                break
+        for grant in self.room.let_in(self.grants.pending()):
             if grant.peer is None:
                 actions.append(self._admit_prompt(grant, now))
             else:
                 actions += self._open(grant, grant.peer, now)
         return actions
-
-    def _reserve(self, grant: OpenGrant) -> bool:
-        sequence, headroom = grant.sequence, self._headroom()
-        cacheable = sequence.num_cacheable if grant.peer is None else sequence.num_tokens
-        return headroom is not None and self._pool.reserve(sequence, cacheable, headroom)
 
     def _admit_prompt(self, grant: OpenGrant, now: float) -> Admit:
         """Let decode have a sequence that it computes from its tokens."""

@@ -37,6 +37,11 @@ class Asked:
     router_id: str
     request: GenerateRequest
 
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
 
 @dataclass(frozen=True, slots=True)
 class Received:

@@ -102,7 +102,7 @@ class DecodeWorker:
         self._residents = Residents()
         self._rate = PromptRate()
         if tiers is not None:
-            self._admission.may_start = lambda prompt: tiers.ready(
+            self._admission.room.may_start = lambda prompt: tiers.ready(
                 prompt, self._rate.tokens_per_second
             )
             tiers.on_change = lambda: self._handle(Tick())

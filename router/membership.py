@@ -30,6 +30,7 @@ from protocol.messages import (
 )
 from router.pools import Pools
 from router.registry import Registry, Worker
+from router.worker_states import WorkerState
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Membership:
 
     def lose(self, worker: Worker, reason: str) -> None:
         """Take a worker for dead."""
-        if self.registry.get(worker.peer) is worker:
+        if worker.state is not WorkerState.GONE:
             self.registry.remove(worker.peer)
             self._report(worker, reason)
 

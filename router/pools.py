@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from protocol.errors import InvalidRequestError, RoleChangeRefusedError, WorkerNotFoundError
 from protocol.messages import ChangeRole, Role
-from router.registry import Registry, Worker, WorkerState
+from router.registry import Registry, Worker
+from router.worker_states import WorkerEvent, WorkerState
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ class Pools:
         self._tell(worker, flip)
 
     def _tell(self, worker: Worker, flip: Flip) -> None:
-        worker.state = WorkerState.DRAINING  # nothing new goes there while the message travels
+        worker.advance(WorkerEvent.ASKED_TO_CHANGE)  # nothing new goes there meanwhile
         self._send(worker, ChangeRole(epoch=flip.epoch, role=flip.role))
 
     def _follow(self, change: Change, flip: Flip) -> None:
@@ -211,7 +212,7 @@ class Pools:
             case Worker(state=WorkerState.FLIPPING):
                 flip.state = "flipping"
             case Worker(next_role=None) if late:
-                worker.state = WorkerState.SERVING
+                worker.advance(WorkerEvent.UNANSWERED)
                 self._fail(change, flip, f"did not answer for {ANSWER:g} s")
             case Worker(next_role=None):  # the message may be lost
                 self._tell(worker, flip)

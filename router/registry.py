@@ -7,20 +7,11 @@ dies with its epoch, or with its session: when it has dropped the router's work.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from protocol.messages import Heartbeat, Register, Role, WorkerLoad
 from router.cached_blocks import CachedBlocks
-
-
-class WorkerState(Enum):
-    """What a worker may be asked for."""
-
-    SERVING = "serving"
-    DRAINING = "draining"  # it ends its work, to come back in another role
-    FLIPPING = "flipping"  # it takes the other role
-    LEAVING = "leaving"
+from router.worker_states import TRANSITIONS, WorkerEvent, WorkerState
 
 
 @dataclass(slots=True)
@@ -66,6 +57,13 @@ class Worker:
     def assigned_tokens(self) -> int:
         """Prompt tokens of the attempts that this router gave it to compute."""
         return sum(assignment.prompt_tokens for assignment in self.assigned.values())
+
+    def advance(self, event: WorkerEvent, next_role: Role | None = None) -> None:
+        """Go by ``router.worker_states``. Raises ValueError for what cannot be in this state."""
+        state = TRANSITIONS[self.state].get(event)
+        if state is None:
+            raise ValueError(f"worker {self.worker_id}: {event.name} while {self.state.name}")
+        self.state, self.next_role = state, next_role
 
     def blocks_for(self, num_tokens: int) -> int:
         """KV blocks that hold ``num_tokens`` tokens."""
@@ -153,7 +151,7 @@ class Registry:
         workers = self._workers.values()
         replaced = [w for w in workers if w.worker_id == info.worker_id or w.peer == peer]
         for worker in replaced:
-            del self._workers[worker.peer]
+            self._forget(worker)
         self._workers[peer] = Worker(peer, info, now)
         return replaced
 
@@ -176,19 +174,21 @@ class Registry:
         """The worker takes no new requests, in its present role or at all."""
         worker = self._workers.get(peer)
         if worker is not None:
-            worker.state = WorkerState.DRAINING if next_role else WorkerState.LEAVING
-            worker.next_role = next_role
+            worker.advance(WorkerEvent.CHANGES if next_role else WorkerEvent.LEAVES, next_role)
 
     def end_role(self, peer: bytes, next_role: Role) -> Worker | None:
         """The worker has given up what it had, and comes back; None if it is not known."""
         worker = self._workers.get(peer)
         if worker is not None:
-            worker.state, worker.next_role = WorkerState.FLIPPING, next_role
+            worker.advance(WorkerEvent.ENDS_ROLE, next_role)
         return worker
 
     def remove(self, peer: bytes) -> Worker | None:
         """Forget a worker; None if it was not known."""
-        return self._workers.pop(peer, None)
+        worker = self._workers.get(peer)
+        if worker is not None:
+            self._forget(worker)
+        return worker
 
     def expire(self, now: float) -> list[Worker]:
         """Remove and return the workers that have been silent for too long.
@@ -203,8 +203,12 @@ class Registry:
                 worker.last_seen += pause
         lost = [w for w in self._workers.values() if now - w.last_seen > self._timeout]
         for worker in lost:
-            del self._workers[worker.peer]
+            self._forget(worker)
         return lost
+
+    def _forget(self, worker: Worker) -> None:
+        worker.advance(WorkerEvent.GOES, worker.next_role)
+        del self._workers[worker.peer]
 
 
 def _incarnation(info: Register) -> tuple[int, int]:

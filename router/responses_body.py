@@ -15,7 +15,8 @@ from router.tools import MAX_TOOLS, Function, Tool
 
 MAX_METADATA = 16  # pairs, as at OpenAI
 
-# A chat's fields that a response does not have would change the answer as well.
+# Field: the values that ask for nothing beyond what is always done. Those of a chat are among
+# them, unless a response has them too: to ignore one would be a surprise.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(ChatBody.model_fields, ()),
     **UNSUPPORTED,
@@ -28,7 +29,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
-_STATELESS = "previous_response_id is not supported: send the earlier items in input"
 
 
 class TextFormat(Body):
@@ -54,7 +54,7 @@ class TextFormat(Body):
 class TextOptions(Body):
     """``text``."""
 
-    format: TextFormat = TextFormat(type="text")
+    format: TextFormat = TextFormat(type="text", schema=None)
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> Self:
@@ -75,6 +75,14 @@ class FunctionTool(Function):
     """A tool that the model may call."""
 
     type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_function(cls, fields: Any) -> Any:
+        kind = fields.get("type", "function") if isinstance(fields, dict) else "function"
+        if kind != "function":
+            raise ValueError(f"is of type {kind!r}; only functions are supported")
+        return fields
 
     def for_chat(self) -> Tool:
         """The same as a chat's tool."""
@@ -97,7 +105,7 @@ class FunctionChoice(Body):
     name: str
 
 
-Choice = Literal["none", "auto", "required"] | FunctionChoice
+ToolChoice = Literal["none", "auto", "required"] | FunctionChoice
 
 
 class ResponseChat(ChatBody):
@@ -126,7 +134,9 @@ class ResponsesBody(SamplingOptions):
     text: TextOptions = TextOptions()
     reasoning: ReasoningOptions = ReasoningOptions()
     tools: list[FunctionTool] = Field(default_factory=list, max_length=MAX_TOOLS)
-    tool_choice: Annotated[Choice, BeforeValidator(_choice, json_schema_input_type=Choice)] = "auto"
+    tool_choice: Annotated[
+        ToolChoice, BeforeValidator(_choice, json_schema_input_type=ToolChoice)
+    ] = "auto"
     parallel_tool_calls: bool = True
     metadata: dict[str, str] = Field(default_factory=dict, max_length=MAX_METADATA)
     user: str | None = None
@@ -138,7 +148,8 @@ class ResponsesBody(SamplingOptions):
     def _refuse_unsupported(self) -> Self:
         extra = self.model_extra or {}
         if "previous_response_id" in extra:
-            raise InvalidRequestError(_STATELESS, "previous_response_id")
+            message = "previous_response_id is not supported: send the earlier items in input"
+            raise InvalidRequestError(message, "previous_response_id")
         refuse(extra, _UNSUPPORTED)
         if self.background and self.stream:
             raise InvalidRequestError("background cannot be combined with stream", "background")

@@ -37,6 +37,13 @@ class CallItem(FunctionCall):
     call_id: str = Field(min_length=1)
 
 
+class BrokenCallItem(Body):
+    """What a stream took for a call until it broke; the message after it has its text."""
+
+    type: Literal["function_call"]
+    status: Literal["incomplete"]
+
+
 class CallOutputItem(Body):
     """What a call gave."""
 
@@ -61,17 +68,21 @@ class ReasoningItem(Body):
 
 
 def _kind(item: object) -> str | None:
-    """An item's type; a message may leave it out."""
-    if not isinstance(item, dict):
-        kind = getattr(item, "type", None)
-    else:
-        kind = item.get("type") or "message"
-    return kind if isinstance(kind, str) else None
+    """An item's tag: its type, which a message may leave out."""
+    fields = item if isinstance(item, dict) else {}
+    match fields:
+        case {"type": "function_call", "status": "incomplete"}:
+            return "broken_call"
+        case {"type": str(kind)}:
+            return kind
+        case _:
+            return "message" if fields.get("type") is None else None
 
 
 Item: TypeAlias = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
+    | Annotated[BrokenCallItem, Tag("broken_call")]
     | Annotated[CallOutputItem, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")],
     Discriminator(

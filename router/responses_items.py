@@ -109,6 +109,7 @@ class TextItem:
 class CallItem:
     """A call of a function."""
 
+    index: int  # among the calls of its response
     name: str
     id: str = field(default_factory=lambda: _id("fc_"))
     call_id: str = field(default_factory=call_id)

@@ -52,14 +52,18 @@ class ResponseOutput:
         """New output; the last piece ends the response."""
         self._num_output_tokens += len(piece.token_ids)
         self._num_cached_tokens += piece.num_cached_tokens
+        broken = {call.index for call in piece.tool_calls if call.malformed}
         events: list[Event] = []
+        if isinstance(self._open, CallItem) and self._open.index in broken:
+            events += self._close("incomplete")  # its text comes as a message
         if piece.reasoning:
             self._num_reasoning_tokens = self._num_output_tokens
             events += self._text(REASONING, piece.reasoning)
         if piece.text:
             events += self._text(MESSAGE, piece.text)
         for call in piece.tool_calls:
-            events += self._call(call)
+            if call.index not in broken:
+                events += self._call(call)
         if piece.finish_reason is not None:
             events += self._end("incomplete" if piece.finish_reason == "length" else "completed")
         return events
@@ -99,30 +103,26 @@ class ResponseOutput:
         return events + self._grow(text)
 
     def _call(self, call: ToolCallDelta) -> list[Event]:
-        if call.malformed:  # its text comes as a message; what was told of it stands
-            return self._close("incomplete")
-        events = [] if call.name is None else self._add(CallItem(call.name))
-        return events + self._grow(call.arguments) if call.arguments else events
+        events = [] if call.name is None else self._add(CallItem(call.index, call.name))
+        return events + self._grow(call.arguments)
 
     def _add(self, item: OutputItem) -> list[Event]:
         events = self._close("completed")
         self._items.append(item)
         self._open = item
-        events.append(self._of_item("response.output_item.added", item=item.present()))
-        return events + [self._of_item(**event, item_id=item.id) for event in item.opening()]
+        return [*events, self._of_item("added", item), *self._within(item, item.opening())]
 
     def _grow(self, text: str) -> list[Event]:
         item = self._open
         assert item is not None
-        return [self._of_item(**event, item_id=item.id) for event in item.grow(text)]
+        return self._within(item, item.grow(text))
 
     def _close(self, status: Status) -> list[Event]:
         item, self._open = self._open, None
         if item is None:
             return []
         item.status = status
-        events = [self._of_item(**event, item_id=item.id) for event in item.closing()]
-        return [*events, self._of_item("response.output_item.done", item=item.present())]
+        return [*self._within(item, item.closing()), self._of_item("done", item)]
 
     def _end(self, status: Literal["completed", "incomplete"]) -> list[Event]:
         events = self._close(status)
@@ -137,15 +137,21 @@ class ResponseOutput:
         self.status = status
 
     def _of_response(self, name: str) -> Event:
-        return self._numbered(f"response.{name}", response=self.present())
+        return self._numbered({"type": f"response.{name}", "response": self.present()})
 
-    def _of_item(self, type: str, **fields: Any) -> Event:  # noqa: A002 - the event's own word
-        return self._numbered(type, output_index=len(self._items) - 1, **fields)
+    def _of_item(self, name: str, item: OutputItem) -> Event:
+        kind = f"response.output_item.{name}"
+        place = len(self._items) - 1
+        return self._numbered({"type": kind, "output_index": place, "item": item.present()})
 
-    def _numbered(self, kind: str, **fields: Any) -> Event:
-        event = {"type": kind, "sequence_number": self._num_events, **fields}
+    def _within(self, item: OutputItem, events: Sequence[Event]) -> list[Event]:
+        place = {"output_index": len(self._items) - 1, "item_id": item.id}
+        return [self._numbered({**event, **place}) for event in events]
+
+    def _numbered(self, event: Event) -> Event:
+        number = self._num_events
         self._num_events += 1
-        return event
+        return {**event, "sequence_number": number}
 
     def _usage(self) -> dict[str, Any]:
         """Thoughts are counted up to the piece that ends them, whatever else is in it."""

@@ -59,11 +59,11 @@ def responses_routes(
     async def retrieve(request: Request, response_id: str) -> Response:
         if request.query_params.get("stream", "false").lower() != "false":
             raise InvalidRequestError("a response that is over cannot be streamed", "stream")
-        return _json(store.find(request.state.client, response_id))
+        return _from_store(store.find(request.state.client, response_id))
 
     @routes.post("/v1/responses/{response_id}/cancel")
     async def cancel(request: Request, response_id: str) -> Response:
-        return _json(store.cancel(request.state.client, response_id))
+        return _from_store(store.cancel(request.state.client, response_id))
 
     return routes
 
@@ -116,8 +116,11 @@ async def _push_all(output: ResponseOutput, pieces: AsyncGenerator[Piece, None])
 async def _in_background(
     output: ResponseOutput, pieces: AsyncGenerator[Piece, None], metrics: RouterMetrics
 ) -> None:
+    """As a stream whose events nobody reads: it is seen as far as it came."""
     try:
-        await _push_all(output, pieces)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                output.push(piece)
     except KvferryError as error:
         metrics.failed(error.status, error.code)
         output.fail(error)
@@ -131,5 +134,5 @@ def _encoded(events: Sequence[Event]) -> list[bytes]:
     return [server_sent(event, event["type"]) for event in events]
 
 
-def _json(content: bytes) -> Response:
+def _from_store(content: bytes) -> Response:
     return Response(content, media_type="application/json")

@@ -31,6 +31,7 @@ class Worker:
         self.outputs: dict[str, list[int]] = {}
         self.finished: set[str] = set()
         self.own: set[str] = set()  # whose prompts decode computes itself
+        self.cancelled: set[str] = set()
 
     def add(
         self, request_id: str, prompt: list[int], max_tokens: int, own: bool = False
@@ -76,10 +77,18 @@ class Worker:
         chunks = sum(row.num_tokens for row in batch.rows if row.num_tokens > 1)
         budget = self.scheduler.max_num_batched_tokens
         assert chunks <= max(budget - sum(r.num_tokens == 1 for r in batch.rows), -(-budget // 2))
+        assert self.cancelled.isdisjoint(row.sequence.request_id for row in batch.rows)
         for row in batch.rows:
             assert row.end <= len(row.sequence.block_table) * BLOCK_SIZE
         self.check()
         return batch
+
+    def cancel(self, request_id: str) -> None:
+        """No step that is scheduled from now on may run it."""
+        self.cancelled.add(request_id)
+        self.waiting = [s for s in self.waiting if s.request_id != request_id]
+        self.scheduler.cancel(request_id)
+        self.check()
 
     def commit(self, batch: Batch) -> None:
         for new in self.scheduler.commit(self.memory.run(batch)):
@@ -258,10 +267,8 @@ def test_cancel_at_every_step_of_every_sequence(inside_step: bool, num_blocks: i
             for index in range(cancel_at + 1):
                 batch = worker.schedule() if inside_step else None
                 if index == cancel_at:
-                    worker.waiting = [s for s in worker.waiting if s.request_id != cancelled]
-                    worker.scheduler.cancel(cancelled)
-                    worker.scheduler.cancel(cancelled)
-                    worker.check()
+                    worker.cancel(cancelled)
+                    worker.cancel(cancelled)
                 worker.commit(batch or worker.schedule())
             gone = list(worker.outputs.get(cancelled, []))
             worker.run()
@@ -288,7 +295,6 @@ def test_random_arrivals_and_cancels_leave_nothing_behind() -> None:
     for seed in range(150):
         random = Random(seed)
         worker = Worker(random.choice((8, 12, 30)), random.randint(1, 9), random.randint(1, 5))
-        cancelled: set[str] = set()
         prompts: dict[str, tuple[list[int], int]] = {}
         for index in range(30):
             if random.random() < 0.3:
@@ -297,14 +303,11 @@ def test_random_arrivals_and_cancels_leave_nothing_behind() -> None:
                 worker.add(str(index), *prompts[str(index)], own=random.random() < 0.5)
             batch = worker.schedule()
             if prompts and random.random() < 0.1:
-                gone = random.choice(list(prompts))
-                cancelled.add(gone)
-                worker.waiting = [s for s in worker.waiting if s.request_id != gone]
-                worker.scheduler.cancel(gone)
+                worker.cancel(random.choice(list(prompts)))
             worker.commit(batch)
         worker.run()
         for request_id, (prompt, max_tokens) in prompts.items():
             expected = generate(prompt, SamplingParams(max_tokens=max_tokens))
             output = worker.outputs.get(request_id, [])
             assert output == expected[: len(output)]
-            assert request_id in cancelled or output == expected
+            assert request_id in worker.cancelled or output == expected

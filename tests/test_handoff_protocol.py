@@ -9,6 +9,7 @@ import pytest
 from decode import admission_events as adm
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
+from kvtransfer.config import TransferConfig
 from prefill import handoff_events as hand
 from prefill.handoff import Handoffs
 from prefill.lease import Lease, LeaseState
@@ -30,6 +31,7 @@ from tests.handoff_simulation import (
 
 GREEDY = SamplingParams(max_tokens=6)
 PROMPT = list(range(10, 21))  # 11 tokens, 3 blocks
+CLOSING_STALL = TransferConfig().closing_stall
 
 
 def simulate(seed: int = 0, **sizes: int) -> Simulation:
@@ -299,3 +301,31 @@ def test_a_block_is_free_only_when_the_transport_says_so() -> None:
     simulation.decode.handle(adm.Closed(grant_id))
     assert simulation.decode.pool.num_used == 0
     assert simulation.decode.admission.handle(adm.Closed(grant_id), 0.0) == []
+
+
+def test_a_frozen_sender_keeps_blocks_no_longer_than_the_closing_stall() -> None:
+    """It stops in the middle of a message, and then its grant is given up."""
+    simulation = simulate()
+    simulation.submit(PROMPT, GREEDY)
+    decode = simulation.decode
+    while not decode.plane.counters.receives_in_flight:
+        simulation.step()
+    decode.handle(adm.Cancelled("r0#1"))
+    quarantined: list[int] = []
+    for seconds in (0.0, 0.9 * CLOSING_STALL, 0.2 * CLOSING_STALL):
+        simulation.tick(seconds)
+        run_transfer(simulation)
+        quarantined.append(decode.admission.grants.num_quarantined_blocks)
+        simulation.check()
+    assert quarantined == [3, 3, 0]
+    assert decode.pool.num_used == 0
+    simulation.settle()
+
+
+def run_transfer(simulation: Simulation) -> None:
+    """Decode's transfer thread runs, and no message ends by itself."""
+    for _ in range(4):
+        simulation.decode.plane.nap_ends()
+        simulation.decode.plane.events()[-1]()
+    while (reports := "transfer>inproc-decode") in simulation.channels:
+        simulation.deliver(reports)

@@ -37,6 +37,7 @@ class Worker:
         self.finished: dict[str, Sequence] = {}
         self.computed: defaultdict[str, list[int]] = defaultdict(list)  # positions, in order
         self.granted: set[str] = set()
+        self.cancelled: set[str] = set()
 
     def add(self, request_id: str, prompt: list[int], grant: bool = True) -> Sequence:
         sequence = Sequence(request_id, list(prompt), len(prompt), SAMPLING)
@@ -55,10 +56,17 @@ class Worker:
         assert len(batch.rows) <= self.scheduler.max_num_seqs
         for row in batch.rows:
             assert row.num_tokens > 0
+            assert row.sequence.request_id not in self.cancelled
             if row.sequence.request_id not in self.granted:
                 assert row.sequence.num_tokens - row.end >= self.scheduler.ask_ahead
         self.check()
         return batch
+
+    def cancel(self, request_id: str) -> None:
+        """No step that is scheduled from now on may run it."""
+        self.cancelled.add(request_id)
+        self.scheduler.cancel(request_id)
+        self.check()
 
     def commit(self, batch: Batch) -> None:
         sampled = self.memory.run(batch)
@@ -150,9 +158,8 @@ def test_cancel_at_every_step_of_every_sequence(inside_step: bool) -> None:
             for index in range(40):
                 batch = worker.schedule() if inside_step else None
                 if index == cancel_at:
-                    worker.scheduler.cancel(cancelled)
-                    worker.scheduler.cancel(cancelled)
-                    worker.check()
+                    worker.cancel(cancelled)
+                    worker.cancel(cancelled)
                 worker.commit(batch or worker.schedule())
                 worker.release_finished()
             for request_id in prompts.keys() - {cancelled}:

@@ -11,7 +11,8 @@ from protocol.geometry import Fingerprint, KVGeometry
 from protocol.messages import Heartbeat, Register, Role, WorkerLoad
 from router.capacity import Demand
 from router.policy import check_serving, choose_pair
-from router.registry import Assignment, Registry, Worker, WorkerState
+from router.registry import Assignment, Registry, Worker
+from router.worker_states import WorkerState
 
 TIMEOUT = 3.0
 SMALL = Demand(num_tokens=4, expected_tokens=8)

@@ -18,6 +18,7 @@ class Stream:
     """One streamed completion, as it comes."""
 
     token_ids: list[int] = field(default_factory=list)
+    text: str = ""
     finish_reasons: list[str] = field(default_factory=list)
     usage: dict[str, int] = field(default_factory=dict)
     error: dict[str, Any] | None = None
@@ -32,6 +33,7 @@ class Stream:
         elif content["choices"]:
             [choice] = content["choices"]
             self.token_ids += choice["token_ids"]
+            self.text += choice["text"]
             self.finish_reasons += [r for r in [choice["finish_reason"]] if r is not None]
         else:
             self.usage = content["usage"]

@@ -60,6 +60,29 @@ def test_a_stream_gives_the_same_text_and_usage(client: openai.OpenAI, demo: Sta
     demo.assert_idle()
 
 
+def test_a_response_is_the_chats_answer(client: openai.OpenAI, demo: Stack) -> None:
+    options = {"model": "test", "temperature": 0.8, "extra_body": {"seed": 3}}
+    question = [{"role": "user", "content": "What does os.path.join do? " * 4}]  # some blocks
+    chat = client.chat.completions.create(messages=question, max_tokens=40, **options)
+    whole = client.responses.create(input=question, max_output_tokens=40, **options)
+    assert whole.output_text == chat.choices[0].message.content
+    with client.responses.stream(input=question, max_output_tokens=40, **options) as stream:
+        last = list(stream)[-1]
+    assert last.type == f"response.{whole.status}"
+    assert last.response.output_text == whole.output_text
+    assert last.response.usage.output_tokens == chat.usage.completion_tokens
+    assert last.response.usage.input_tokens == chat.usage.prompt_tokens
+    assert 0 < last.response.usage.input_tokens_details.cached_tokens < chat.usage.prompt_tokens
+    assert client.responses.retrieve(whole.id).output_text == whole.output_text
+    long = {"max_output_tokens": 1500, "background": True}
+    begun = client.responses.create(
+        model="test", input=QUESTION, extra_body={"ignore_eos": True}, **long
+    )
+    assert begun.status == "in_progress"
+    assert client.responses.cancel(begun.id).status == "cancelled"
+    demo.assert_idle()
+
+
 async def test_many_async_streams_at_once(demo: Stack) -> None:
     client = openai.AsyncOpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0)
 

@@ -6,6 +6,7 @@ is free again. In float32, so that recomputed KV leads to the same tokens.
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -112,6 +113,61 @@ def test_streams_survive_a_killed_decode_worker(stack: Stack, expected: list[lis
         victim = busy(stack, "decode")
         kill(stack, victim)
         assert streams.join() == expected
+    restart(stack, victim)
+
+
+def generated(stack: Stack) -> float:
+    """Tokens that decode workers have sampled, shown or not."""
+    return stack.metrics("decode")["kvferry_generation_tokens_total"]
+
+
+def letters(stack: Stack) -> dict[str, Any]:
+    """A request whose output is held back from its 101st letter on, until it ends there."""
+    request = {"prompt": [5, 6, 7], **SEEDED, "guided_regex": "[a-z]{650}", "ignore_eos": False}
+    undisturbed = Streams(stack, [request])
+    undisturbed.join()
+    text = undisturbed.streams[0].text
+    assert len(text) == 650
+    return {**request, "stop": text[100:600]}
+
+
+def record(_: Stack) -> dict[str, Any]:
+    """A request whose output is held to a JSON schema: two long words and a boolean."""
+    word = {"type": "string", "pattern": "^[a-z]{250}$"}
+    schema = {
+        "type": "object",
+        "properties": {"first": word, "second": word, "third": {"type": "boolean"}},
+        "required": ["first", "second", "third"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "record", "schema": schema}}
+    return {"prompt": [8, 9], **SEEDED, "response_format": form, "ignore_eos": False}
+
+
+@pytest.mark.parametrize("asked", [letters, record])
+def test_stop_strings_and_grammars_go_on_where_a_killed_decode_worker_was(
+    stack: Stack, asked: Callable[[Stack], dict[str, Any]]
+) -> None:
+    request = asked(stack)
+    undisturbed = Streams(stack, [request])
+    undisturbed.join()
+    [expected] = undisturbed.streams
+    assert expected.finish_reasons == ["stop"]
+    before = generated(stack)
+    with retried(stack, "decode_lost"):
+        disturbed = Streams(stack, [request])
+        assert eventually(lambda: generated(stack) - before >= 150, SOON)
+        victim = busy(stack, "decode")
+        kill(stack, victim)
+        [stream] = disturbed.streams
+        if asked is letters:
+            assert len(stream.text) <= 100
+        disturbed.join()
+    assert (stream.text, stream.token_ids) == (expected.text, expected.token_ids)
+    assert stream.finish_reasons == expected.finish_reasons
+    assert stream.usage["completion_tokens"] == expected.usage["completion_tokens"]
+    if asked is record:
+        assert [*json.loads(stream.text)] == ["first", "second", "third"]
     restart(stack, victim)
 
 

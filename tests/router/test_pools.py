@@ -9,7 +9,8 @@ import pytest
 from protocol.errors import InvalidRequestError, RoleChangeRefusedError, WorkerNotFoundError
 from protocol.messages import ChangeRole, Register, Role
 from router.pools import ANSWER, Pools
-from router.registry import Registry, Worker, WorkerState
+from router.registry import Registry, Worker
+from router.worker_states import WorkerState
 from tests.router_scene import registration
 
 
