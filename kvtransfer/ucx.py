@@ -198,7 +198,7 @@ class UCXTransport:
         if key is not None:
             handshake = answer(endpoint, key, self.address)
         elif self._this_host_only:
-            handshake = from_this_host(peer_host(request))
+            handshake = from_this_host(peer_host(request, self._listener.port))
         self._incoming.append(Peer(endpoint, handshake))
 
     def _track(self, request: Request) -> Request:

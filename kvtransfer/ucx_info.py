@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import ipaddress
 import re
 import socket
 import sys
@@ -18,6 +19,8 @@ _FAMILIES = {"rdma": ("rc_", "dc_", "ud_"), "cuda": ("cuda_", "gdr_copy")}
 _TRANSPORTS_FIELD = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
 _CLIENT_ADDRESS_FIELD = 1 << 0  # UCP_CONN_REQUEST_ATTR_FIELD_CLIENT_ADDR
 _MAX_LANES = 16
+_LISTENING = "0A"  # in /proc/net/tcp
+LOOPBACK = "127.0.0.1"
 
 
 class _TransportEntry(ctypes.Structure):
@@ -80,17 +83,42 @@ def endpoint_lanes(handle: int) -> str:
     )
 
 
-def peer_host(connection_request: int) -> str:
-    """From where somebody connects to a listener; ``0.0.0.0`` when UCX will not say."""
+def peer_host(connection_request: int, port: int) -> str:
+    """From where somebody connects to the listener of ``port``.
+
+    UCX does not always say. Then the kernel does, of everybody who is connected: the answer is
+    some other host, if there is one among them, or else this one.
+    """
     attributes = _ConnectionAttributes(field_mask=_CLIENT_ADDRESS_FIELD)
     query = ctypes.CDLL(library_path()).ucp_conn_request_query
     if query(ctypes.c_void_p(connection_request), ctypes.byref(attributes)) != 0:
-        return "0.0.0.0"  # noqa: S104 - nobody's address
+        hosts = connected_hosts(port)
+        return next((host for host in hosts if not is_loopback(host)), LOOPBACK)
     address = bytes(attributes.client_address)
     family = int.from_bytes(address[:2], sys.byteorder)
     if family == socket.AF_INET6:
         return socket.inet_ntop(family, address[8:24])
     return socket.inet_ntop(socket.AF_INET, address[4:8])
+
+
+def connected_hosts(port: int) -> list[str]:
+    """The hosts at the other ends of a port's TCP connections, by the kernel's tables."""
+    hosts = []
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, here, there, state, *_ = line.split()
+            if state != _LISTENING and int(here.rpartition(":")[2], 16) == port:
+                words = bytes.fromhex(there.partition(":")[0])  # of 32 bits, in the host's order
+                address = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                hosts.append(socket.inet_ntop(family, address))
+    return hosts
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this host's own, IPv4 in IPv6 included."""
+    address = ipaddress.ip_address(host)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
 
 
 @functools.cache

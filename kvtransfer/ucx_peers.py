@@ -7,7 +7,6 @@ by one and ends, or raises NotProvenError.
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from ucxx._lib.arr import Array
 
 from kvtransfer import proof
 from kvtransfer.transport import Buffer
-from kvtransfer.ucx_info import endpoint_lanes
+from kvtransfer.ucx_info import endpoint_lanes, is_loopback
 
 HANDSHAKE_TIMEOUT = 5.0  # seconds
 
@@ -84,7 +83,7 @@ def answer(endpoint: Any, cluster_key: bytes, address: bytes) -> Handshake:
 
 def from_this_host(host: str) -> Handshake:
     """Without a key: see that a peer that connects from ``host`` is on this one."""
-    if not ipaddress.ip_address(host).is_loopback:
+    if not is_loopback(host):
         raise proof.NotProvenError(f"{host} is another host, and there is no cluster key")
     yield from ()
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.engine import Engine, EngineConfig
+from engine.sequence import Sequence as Tokens
 from protocol.sampling import SamplingParams
-from tests.engine.driver import generate
+from tests.engine.driver import generate, step
 
+ROUNDING = 1e-4  # of a logit, in float32 and by whatever order it was summed
 VOCABULARY = 256  # token ids below the special ones
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SEEDED: dict[str, Any] = {
@@ -88,3 +90,17 @@ class Reference:
                 tokens = generate(self._engine, [list(asks[i].prompt) for i in chosen], sampling)
                 answers |= dict(zip(chosen, tokens, strict=True))
         return [answers[index][: ask.max_tokens] for index, ask in enumerate(asks)]
+
+    def is_tie(self, ask: Ask, tokens: Sequence[int], other: int) -> bool:
+        """Whether rounding decides if ``other`` follows these tokens of the answer.
+
+        It follows if its logit gains ``ROUNDING``. Batches and chunks sum in different orders.
+        """
+        options = SEEDED if ask.seeded else GREEDY
+        bias = ((other, ROUNDING),)
+        sampling = SamplingParams(max_tokens=len(tokens) + 1, logit_bias=bias, **options)
+        sequence = Tokens("tie", [*ask.prompt, *tokens], len(ask.prompt), sampling)
+        count = self._engine.geometry.blocks_for(sequence.num_tokens + 1)
+        sequence.block_table = list(range(count))
+        step(self._engine, [sequence], sequence.num_tokens)
+        return sequence.token_ids[-1] == other

@@ -122,5 +122,5 @@ def _freed(
     scene.clients.join(streams)
     scene.settle(figures, within=FREED)
     figures.recovery = time.monotonic() - went
-    figures.compare(streams, answers)
+    figures.compare(streams, answers, scene.reference)
     return figures

@@ -75,7 +75,7 @@ def _bad_lines(scene: Scene, rng: random.Random, condition: Condition) -> Figure
             answers = scene.reference.answers(asks)
             streams = [scene.clients.open(ask) for ask in asks]
             scene.clients.join(streams)
-        figures.compare(streams, answers)
+        figures.compare(streams, answers, scene.reference)
         spoilt = condition.delay > 0 or lines.num_lost > before
         figures.require(spoilt, "the lines lost nothing")
         figures.recovery = scene.seconds_to_full_service(rng)

@@ -52,7 +52,7 @@ def _run_out(
     with meanwhile:
         scene.clients.join(streams)
     ended = time.monotonic()
-    figures.compare(streams, answers)
+    figures.compare(streams, answers, scene.reference)
     overdue = max(s.ended - s.opened - (s.ask.timeout or 0.0) for s in streams)
     figures.require(overdue <= OVERDUE, f"a client knew more than {OVERDUE:g} s too late")
     scene.settle(figures, within=FREED)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tests.chaos.asks import Reference
 from tests.chaos.clients import CANCELLED, FINISHED, Stream
 
 
@@ -22,6 +23,7 @@ class Figures:
     recovery: float | None = None  # from the disturbance's end to full service, or to all freed
     tokens_compared: int = 0
     tokens_wrong: int = 0
+    ties: int = 0  # streams in which rounding decided, see Reference.is_tie
     blocks_leaked: int = 0
     errors: Counter[str] = field(default_factory=Counter)  # what clients saw, by kind
     allowed: frozenset[str] = frozenset()  # of these kinds; others break the promise
@@ -33,18 +35,26 @@ class Figures:
         if not holds:
             self.broken.append(promise)
 
-    def compare(self, streams: Sequence[Stream], answers: Sequence[Sequence[int]]) -> None:
+    def compare(
+        self, streams: Sequence[Stream], answers: Sequence[Sequence[int]], reference: Reference
+    ) -> None:
         """Hold ended streams against undisturbed answers.
 
-        Whatever was streamed before an error or a cancel must be the answer's beginning.
+        Whatever was streamed before an error or a cancel must be the answer's beginning. After a
+        tie, which rounding decides, all that is compared is how many tokens there are.
         """
         for stream, answer in zip(streams, answers, strict=True):
             self.streams += 1
             finished = stream.ending == FINISHED
             expected = answer if finished else answer[: len(stream.token_ids)]
-            self.tokens_compared += len(stream.token_ids)
-            wrong = sum(a != b for a, b in zip(stream.token_ids, expected, strict=False))
-            self.tokens_wrong += wrong + abs(len(stream.token_ids) - len(expected))
+            pairs = list(zip(stream.token_ids, expected, strict=False))
+            same = next((i for i, (got, wanted) in enumerate(pairs) if got != wanted), len(pairs))
+            if same < len(pairs) and reference.is_tie(stream.ask, answer[:same], pairs[same][0]):
+                self.ties += 1
+                pairs = pairs[:same]
+            self.tokens_compared += len(pairs)
+            self.tokens_wrong += sum(got != wanted for got, wanted in pairs)
+            self.tokens_wrong += abs(len(stream.token_ids) - len(expected))
             if finished:
                 self.longest_wait = max(self.longest_wait or 0.0, stream.longest_wait)
                 self.longest_gap = max(self.longest_gap, stream.longest_gap)
@@ -74,7 +84,10 @@ class Row:
         recoveries = [p.recovery for p in self.plays if p.recovery is not None]
         errors: Counter[str] = sum((p.errors for p in self.plays), Counter())
         broken = Counter(promise for p in self.plays for promise in p.broken)
-        wrong = sum(p.tokens_wrong for p in self.plays)
+        compared = f"{sum(p.tokens_compared for p in self.plays)}"
+        compared += f", {sum(p.tokens_wrong for p in self.plays)} wrong"
+        if ties := sum(p.ties for p in self.plays):
+            compared += f", ties x {ties}"
         return [
             str(len(self.plays)),
             str(sum(p.streams for p in self.plays)),
@@ -83,7 +96,7 @@ class Row:
             f"{max(waits):.1f}" if waits else "-",
             f"{gap:.1f} ({aim:.1f})" if gaps else "-",
             f"{max(recoveries):.1f}" if recoveries else "-",
-            f"{sum(p.tokens_compared for p in self.plays)}, {wrong} wrong",
+            compared,
             str(sum(p.blocks_leaked for p in self.plays)),
             listed(errors) or "none",
             listed(broken) or "held",

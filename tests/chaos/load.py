@@ -39,7 +39,7 @@ def decode_overloaded(scene: Scene, rng: random.Random) -> Figures:
     before = scene.stack.metrics("decode")[PREEMPTIONS]
     streams = [scene.clients.open(ask) for ask in asks]
     scene.clients.join(streams)
-    figures.compare(streams, answers)
+    figures.compare(streams, answers, scene.reference)
     figures.require(any(s.ending == FINISHED for s in streams), "no request finished")
     short = scene.stack.metrics("decode")[PREEMPTIONS] > before
     figures.require(short, "the pool was never short of blocks")

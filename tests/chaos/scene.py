@@ -143,6 +143,6 @@ def play_disturbed(scene: Scene, rng: random.Random, disturb: Disturb) -> Figure
     figures.disturbed_after = time.monotonic() - began
     disturb(figures)
     scene.clients.join(streams)
-    figures.compare(streams, answers)
+    figures.compare(streams, answers, scene.reference)
     scene.settle(figures)
     return figures

@@ -42,7 +42,7 @@ def thread_stuck(scene: Scene, rng: random.Random) -> Figures:
             others = {_answer(scene, page) for name, page in ready.items() if name != victim}
             figures.require(others == {"ready\n"}, "others were not ready either")
         scene.clients.join(streams)
-        figures.compare(streams, answers)
+        figures.compare(streams, answers, scene.reference)
         figures.require(
             eventually(lambda: _answer(scene, ready[victim]) == "ready\n", IDLE),
             "it was not ready again",

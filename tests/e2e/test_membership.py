@@ -29,7 +29,7 @@ def ready(stack: Stack) -> int:
 
 
 def test_workers_join_and_leave(model: Path) -> None:
-    with Stack(model, prefill=[], decode=[]) as stack:
+    with Stack(model, prefill=[], decode=[], router=("--disaggregation", "always")) as stack:
         assert ready(stack) == 503
         refused = ask(stack)
         assert refused.status_code == 503
