@@ -44,7 +44,7 @@ class _Sequence:
 
 
 class _Dummy:
-    """What the two roles share: a link to the router."""
+    """What the two roles share: a link to the router, whose every word it ignores."""
 
     def __init__(self, role: Role, worker_id: str, endpoint: str, max_num_seqs: int) -> None:
         self._role: Role = role
@@ -60,7 +60,6 @@ class _Dummy:
 
     def from_router(self, router_id: str, message: Message) -> None:
         """See cli.router_link.WorkerRole."""
-        raise NotImplementedError
 
     def drop_router(self, router_id: str) -> None:
         """See cli.router_link.WorkerRole."""

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from cli.admin_client import ask
-from cli.options import ApiKey
+from cli.options import ApiKey, Attainment, RouterUrl, SloTpot, SloTtft
 from cli.plan import record, show
 from planner.fit import observed_profile
 from planner.observed import Row, outcome_of, placement_of, repeated, requests_of
@@ -26,15 +26,11 @@ from protocol.errors import ConfigError
 
 
 def advise(
-    slo_ttft: Annotated[float, typer.Option(help="Milliseconds to the first token.", min=0.001)],
-    slo_tpot: Annotated[float, typer.Option(help="Milliseconds a later token.", min=0.001)],
-    router: Annotated[
-        str, typer.Option(help="The router's HTTP address.")
-    ] = "http://127.0.0.1:8000",
+    slo_ttft: SloTtft,
+    slo_tpot: SloTpot,
+    router: RouterUrl = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
-    attainment: Annotated[
-        float, typer.Option(help="Share of requests that must meet both.", min=0.01, max=1)
-    ] = 0.9,
+    attainment: Attainment = 0.9,
     minutes: Annotated[float, typer.Option(help="How far to look back.", min=1, max=60)] = 60,
     requests: Annotated[
         int, typer.Option(help="Requests to simulate: the last ones.", min=20)

@@ -22,7 +22,7 @@ import typer
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from cli.admin_client import fetch
-from cli.options import ApiKey
+from cli.options import ApiKey, Attainment, RouterUrl, SloTpot, SloTtft
 from planner.autopilot import decide, judge, predictor
 from planner.autopilot_terms import Decision, Limits, Observation, Pools, State
 from planner.fit import observed_profile
@@ -37,18 +37,14 @@ Mode = Literal["dry-run", "on"]
 
 
 def autopilot(
-    slo_ttft: Annotated[float, typer.Option(help="Milliseconds to the first token.", min=0.001)],
-    slo_tpot: Annotated[float, typer.Option(help="Milliseconds a later token.", min=0.001)],
+    slo_ttft: SloTtft,
+    slo_tpot: SloTpot,
     mode: Annotated[
         Mode, typer.Option(help="Only tell what it would change, or change it.")
     ] = "dry-run",
-    router: Annotated[
-        str, typer.Option(help="The router's HTTP address.")
-    ] = "http://127.0.0.1:8000",
+    router: RouterUrl = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
-    attainment: Annotated[
-        float, typer.Option(help="Share of requests that must meet both.", min=0.01, max=1)
-    ] = 0.9,
+    attainment: Attainment = 0.9,
     interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 5.0,
     cool_down: Annotated[float, typer.Option(help="Seconds between two changes.", min=1)] = 60.0,
     scale_command: Annotated[

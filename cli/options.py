@@ -145,3 +145,10 @@ Pin = Annotated[
     bool | None,
     typer.Option("--pin/--no-pin", help="Keep each worker to its share. Default: if above 1 core."),
 ]
+
+RouterUrl = Annotated[str, typer.Option(help="The router's HTTP address.")]
+SloTtft = Annotated[float, typer.Option(help="Milliseconds to the first token.", min=0.001)]
+SloTpot = Annotated[float, typer.Option(help="Milliseconds a later token.", min=0.001)]
+Attainment = Annotated[
+    float, typer.Option(help="Share of requests that must meet both.", min=0.01, max=1)
+]

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cli.options import Attainment, SloTpot, SloTtft
 from planner.outcome import Slo
 from planner.plan import Option, Plan, Planner
 from planner.profile import PUBLISHED, WorkerProfile
@@ -28,8 +29,8 @@ def plan(
             help="A worker's profile: a file of kvferry profile, or one of " + ", ".join(PUBLISHED)
         ),
     ],
-    slo_ttft: Annotated[float, typer.Option(help="Milliseconds to the first token.", min=0.001)],
-    slo_tpot: Annotated[float, typer.Option(help="Milliseconds a later token.", min=0.001)],
+    slo_ttft: SloTtft,
+    slo_tpot: SloTpot,
     gpus: Annotated[int, typer.Option(help="Workers to place.", min=1)],
     trace: Annotated[
         Path | None, typer.Option(help="Requests: Mooncake's JSON lines or Azure's CSV.")
@@ -46,9 +47,7 @@ def plan(
     burstiness: Annotated[
         float, typer.Option(help="Without a trace: that of the gaps; 1 is Poisson.", min=0.01)
     ] = 1.0,
-    attainment: Annotated[
-        float, typer.Option(help="Share of requests that must meet both.", min=0.01, max=1)
-    ] = 0.9,
+    attainment: Attainment = 0.9,
     requests: Annotated[
         int, typer.Option(help="Requests to simulate: the trace's first ones.", min=2)
     ] = 4000,

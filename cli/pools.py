@@ -14,14 +14,13 @@ from rich.live import Live
 from rich.table import Table
 
 from cli.admin_client import ask
-from cli.options import ApiKey
+from cli.options import ApiKey, RouterUrl
 from protocol.messages import Role
 
 POLL = 0.2  # seconds
 
 app = typer.Typer(no_args_is_help=True, help="Operate the pools of a running router.")
 
-Url = Annotated[str, typer.Option(help="The router's HTTP address.")]
 Worker = Annotated[str, typer.Argument(help="The worker's id, as GET /admin/workers shows it.")]
 Size = Annotated[int, typer.Option(help="Workers that are to serve in this pool.", min=1)]
 
@@ -34,7 +33,7 @@ def pools() -> None:
 @app.command()
 def drain(
     worker: Worker,
-    url: Url = "http://127.0.0.1:8000",
+    url: RouterUrl = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
 ) -> None:
     """Let a worker end its work and leave; what it cannot end in time goes on elsewhere."""
@@ -46,7 +45,7 @@ def drain(
 def flip(
     worker: Worker,
     role: Annotated[Role, typer.Argument(help="The pool it is to serve in.")],
-    url: Url = "http://127.0.0.1:8000",
+    url: RouterUrl = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
 ) -> None:
     """Let a worker end its work and serve in the other pool, with the weights and KV it has."""
@@ -59,7 +58,7 @@ def flip(
 def resize(
     prefill: Size,
     decode: Size,
-    url: Url = "http://127.0.0.1:8000",
+    url: RouterUrl = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
 ) -> None:
     """Let as many workers as it takes change their pool, one after the other."""

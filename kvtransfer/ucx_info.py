@@ -19,8 +19,8 @@ _FAMILIES = {"rdma": ("rc_", "dc_", "ud_"), "cuda": ("cuda_", "gdr_copy")}
 _TRANSPORTS_FIELD = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
 _CLIENT_ADDRESS_FIELD = 1 << 0  # UCP_CONN_REQUEST_ATTR_FIELD_CLIENT_ADDR
 _MAX_LANES = 16
-_LISTENING = "0A"  # in /proc/net/tcp
-LOOPBACK = "127.0.0.1"
+_CONNECTED = {"01", "08"}  # in /proc/net/tcp: established, and closed by the peer alone
+NOBODY = "0.0.0.0"  # noqa: S104 - an address that is never taken for this host
 
 
 class _TransportEntry(ctypes.Structure):
@@ -87,13 +87,14 @@ def peer_host(connection_request: int, port: int) -> str:
     """From where somebody connects to the listener of ``port``.
 
     UCX does not always say. Then the kernel does, of everybody who is connected: the answer is
-    some other host, if there is one among them, or else this one.
+    some other host if there is one among them, or else this one; ``0.0.0.0`` if there is nobody.
     """
     attributes = _ConnectionAttributes(field_mask=_CLIENT_ADDRESS_FIELD)
     query = ctypes.CDLL(library_path()).ucp_conn_request_query
     if query(ctypes.c_void_p(connection_request), ctypes.byref(attributes)) != 0:
         hosts = connected_hosts(port)
-        return next((host for host in hosts if not is_loopback(host)), LOOPBACK)
+        others = [host for host in hosts if not is_loopback(host)]
+        return [*others, *hosts, NOBODY][0]
     address = bytes(attributes.client_address)
     family = int.from_bytes(address[:2], sys.byteorder)
     if family == socket.AF_INET6:
@@ -107,7 +108,7 @@ def connected_hosts(port: int) -> list[str]:
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             _, here, there, state, *_ = line.split()
-            if state != _LISTENING and int(here.rpartition(":")[2], 16) == port:
+            if state in _CONNECTED and int(here.rpartition(":")[2], 16) == port:
                 words = bytes.fromhex(there.partition(":")[0])  # of 32 bits, in the host's order
                 address = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
                 hosts.append(socket.inet_ntop(family, address))

@@ -11,8 +11,8 @@ import pytest
 def loopback_only() -> Iterator[None]:
     """Keep a module's processes off interfaces that others add or remove meanwhile.
 
-    UCX lists the interfaces when a process starts and may use several for one peer; two processes
-    whose lists differ can fail to agree on them ("no remote ep address", "unreachable").
+    UCX lists the interfaces when a process starts and may use several for one peer. While some
+    came and went, two processes were seen not to agree on them ("no remote ep address").
     """
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("UCX_NET_DEVICES", "lo")
