@@ -29,7 +29,7 @@ from rich.table import Table
 from bench.latency import wait_until_ready
 from bench.streams import stream
 from planner.fit import observed_profile
-from planner.observed import placement_of
+from planner.observed import Row, overhead_of, placement_of
 from planner.outcome import Outcome
 from planner.profile import Link
 from planner.simulator import simulate
@@ -89,12 +89,14 @@ def _deployment(
         asyncio.run(_send(url, served, drawn))  # warms up, and tells what a step takes
         workers = _workers(url)
         placement = placement_of(workers, mean(request.prompt_tokens for request in drawn))
-        carried = min(most, capacity(drawn, placement, observed_profile(workers, LOCAL)))
+        carried = min(most, capacity(drawn, placement, observed_profile(workers, link=LOCAL)))
         runs = []
         for load in LOADS:
             requests = _draw(load * carried, seconds, lengths)
             runs.append((load * carried, *asyncio.run(_send(url, served, requests))))
-        profile = observed_profile(_workers(url), LOCAL)
+        told = httpx.get(f"{url}/admin/workload?seconds=3600").json()["rows"]
+        overhead = overhead_of([Row(*row) for row in told])
+        profile = observed_profile(_workers(url), overhead, LOCAL)
     finally:
         serve.terminate()
         serve.wait()

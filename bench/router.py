@@ -1,7 +1,9 @@
-"""What the router costs: delay added to a token, processor time a token, memory a stream.
+"""What the router costs: delay added to a token, processor time, memory, and where they go.
 
     python -m bench.router measure
     python -m bench.router profile --streams 256
+
+``measure`` prints and keeps everything and takes about two minutes; ``profile`` is its last part.
 
 The router is a process of its own, as ``kvferry router`` starts it, with the demo model's
 tokenizer. Dummy workers and the clients share this process and its clock, so a token's delay is
@@ -16,15 +18,17 @@ import asyncio
 import json
 import platform
 import pstats
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +41,10 @@ from rich.table import Table
 from bench.dummy_workers import DummyPools
 from bench.latency import wait_until_ready
 from bench.streams import stream, stream_all
-from tests.stack import free_port
+from protocol.hashing import KEY_BYTES
+from protocol.messages import CacheChanges
+from router.cached_blocks import CachedBlocks
+from tests.stack import free_port, scrape
 
 RESULTS = Path(__file__).parent / "results"
 STREAMS = [1, 16, 256, 2000]
@@ -46,6 +53,7 @@ FIRST_ID, BASE = 300, 1000  # a stream's number is the first two ids of its prom
 TEXT = " self"  # of the token that the dummies generate
 SPACING = 0.004  # seconds from one stream's begin to the next
 SETTLE = 0.5  # seconds of rest before and after
+RETRIES = "kvferry_request_retries_total"
 
 console = Console()
 app = typer.Typer(add_completion=False)
@@ -73,6 +81,7 @@ class Figures:
     request_p99: float
     tokens_per_cpu_second: float
     kib_per_stream: float
+    retries: float  # of requests whose worker was taken for lost: there is no reason for any
 
 
 @app.command()
@@ -82,11 +91,11 @@ def measure(
     prompt_tokens: Annotated[int, typer.Option(help="Of each prompt.", min=3)] = 128,
     rate: Annotated[float, typer.Option(help="Tokens a second, all streams together.")] = 4000,
 ) -> None:
-    """Print the figures for each number of streams; keep them in bench/results/router.json."""
+    """Print all figures, keep them in bench/results/router.json."""
     table = Table(title="the router's cost, dummy workers")
     for column in ("streams", "tokens/s", "added to a token, ms: p50", "p99"):
         table.add_column(column, justify="right")
-    for column in ("to a request: p50", "p99", "tokens a CPU second", "KiB a stream"):
+    for column in ("to a request: p50", "p99", "tokens a CPU second", "KiB a stream", "retries"):
         table.add_column(column, justify="right")
     rows = []
     for count in streams or STREAMS:
@@ -101,14 +110,31 @@ def measure(
             *(f"{1e3 * t:.2f}" for t in (figures.request_p50, figures.request_p99)),
             f"{figures.tokens_per_cpu_second:.0f}",
             f"{figures.kib_per_stream:.1f}",
+            f"{figures.retries:.0f}",
         )
     console.print(table)
-    machine = {"python": platform.python_version(), "cores": psutil.cpu_count()}
-    names = Figures.__slots__
-    record = [{name: getattr(figures, name) for name in names} for figures in rows]
+    index = index_mib()
+    console.print(f"index of a million cached blocks: {index:.0f} MiB")
+    record = {
+        "machine": {"python": platform.python_version(), "cores": psutil.cpu_count()},
+        "figures": [asdict(figures) for figures in rows],
+        "index_mib_per_million_blocks": index,
+        "profile": profile(),
+    }
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({"machine": machine, "figures": record}, indent=1)
-    (RESULTS / "router.json").write_text(text + "\n")
+    (RESULTS / "router.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def index_mib() -> float:
+    """Memory of what a router knows of a worker's cache of a million blocks."""
+    blocks, cached = 10**6, CachedBlocks()
+    tracemalloc.start()
+    stored = random.Random(1).randbytes(KEY_BYTES * blocks)
+    own, _ = tracemalloc.get_traced_memory()
+    cached.apply(CacheChanges(number=0, stored=stored, evicted=b""))
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return (after - own) / 2**20
 
 
 @app.command()
@@ -116,7 +142,7 @@ def profile(
     streams: Annotated[int, typer.Option(help="At once.")] = 256,
     tokens: Annotated[int, typer.Option(help="Of each stream.", min=2)] = 100,
     rate: Annotated[float, typer.Option(help="Tokens a second, all streams together.")] = 2000,
-) -> None:
+) -> dict[str, float]:
     """Print where the router's time goes, by package, under Python's deterministic profiler."""
     load = Load(streams, tokens, 128, max(0.02, streams / rate))
     with tempfile.TemporaryDirectory() as folder:
@@ -124,18 +150,19 @@ def profile(
         with running_router("-m", "cProfile", "-o", str(file)) as (url, endpoint, process):
             asyncio.run(_measure(load, url, endpoint, process.pid))
         stats = pstats.Stats(str(file)).stats  # type: ignore[attr-defined]
-    shares: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
     for (path, _, name), (_, _, own, _, _) in stats.items():
-        shares[_package(path, name)] += own
-    waiting = shares.pop("waiting", 0.0)
+        seconds[_package(path, name)] += own
+    waiting, whole = seconds.pop("waiting", 0.0), sum(seconds.values())
+    shares = {p: s / whole for p, s in sorted(seconds.items(), key=lambda item: -item[1])[:14]}
     table = Table(title=f"{streams} streams: the router's own time, by package")
     table.add_column("package")
     table.add_column("share", justify="right")
-    whole = sum(shares.values())
-    for package, seconds in sorted(shares.items(), key=lambda item: -item[1])[:14]:
-        table.add_row(package, f"{seconds / whole:.1%}")
+    for package, share in shares.items():
+        table.add_row(package, f"{share:.1%}")
     console.print(table)
-    console.print(f"{whole:.1f} s of work, {waiting:.1f} s of waiting")
+    console.print(f"{whole:.1f} s of work, start included, {waiting:.1f} s of waiting")
+    return shares
 
 
 @contextmanager
@@ -192,6 +219,8 @@ async def _measure(load: Load, url: str, endpoint: str, pid: int) -> Figures:
         resident = router.memory_info().rss
         begun, arrivals = zip(*await streaming, strict=True)
         seconds, used = time.perf_counter() - began, _cpu(router) - cpu
+        with httpx.Client() as client:
+            counted = await asyncio.to_thread(scrape, f"{url}/metrics", client)
     if any(len(times) != load.tokens for times in arrivals):
         raise RuntimeError("tokens are missing")
     delays = [
@@ -209,6 +238,7 @@ async def _measure(load: Load, url: str, endpoint: str, pid: int) -> Figures:
         request_p99=sorted(requests)[int(0.99 * len(requests))],
         tokens_per_cpu_second=len(delays) / used,
         kib_per_stream=(resident - idle) / 1024 / load.streams,
+        retries=sum(n for name, n in counted.items() if name.startswith(RETRIES)),
     )
 
 

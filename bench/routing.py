@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -26,11 +26,12 @@ from rich.table import Table
 
 from engine.block_pool import BlockPool
 from engine.cache_feed import CacheFeed
+from engine.sequence import Sequence as Prompt
 from planner.job import Job, new_job
 from planner.outcome import Outcome
 from planner.placement import Placement
 from planner.profile import PUBLISHED, WorkerProfile
-from planner.routing import RouterPolicy
+from planner.routing import RouterPolicy, Workers
 from planner.simulator import simulate
 from planner.workload import PREFIX_TOKENS, Lengths, Request, at_rate, generate, read_trace
 from protocol.hashing import HASH_BYTES
@@ -50,10 +51,11 @@ class _Counting(RouterPolicy):
         self.prompt_tokens = Counter(dict.fromkeys(range(placement.prefill), 0))
         self.sequences = Counter(dict.fromkeys(range(placement.decode), 0))
 
-    def choose(self, job: Job) -> tuple[int, int] | None:
+    def choose(self, job: Job) -> Workers | None:
         """See ``Route``."""
         chosen = super().choose(job)
         if chosen is not None:
+            assert chosen[0] is not None, "decode has no prompts of its own here"
             self.prompt_tokens[chosen[0]] += job.request.prompt_tokens
             self.sequences[chosen[1]] += 1
         return chosen
@@ -67,20 +69,19 @@ def _run(
     return outcome, route
 
 
-def _spread(load: Counter[int]) -> float:
+def spread(loads: Sequence[float]) -> float:
     """The most loaded worker's share, in means."""
-    return max(load.values()) * len(load) / max(1, sum(load.values()))
+    return max(loads) * len(loads) / max(1, sum(loads))
 
 
-def _ideal(requests: Sequence[Request], kv_tokens: int, block_size: int) -> float:
-    """Share of prompt tokens that one LRU cache of that size would find."""
-    pool = BlockPool(kv_tokens // block_size, block_size)
-    for number, request in enumerate(requests):
-        sequence = new_job(number, request, block_size, disaggregated=False).sequence
-        if pool.reserve(sequence, request.prompt_tokens - 1):
-            sequence.num_computed = request.prompt_tokens
-            pool.publish(sequence, 0)
-            pool.release_sequence(sequence)
+def ideal_hits(prompts: Iterable[Prompt], num_blocks: int, block_size: int) -> float:
+    """Share of prompt tokens that one LRU cache of that size would find, one after the other."""
+    pool = BlockPool(num_blocks, block_size)
+    for prompt in prompts:
+        if pool.reserve(prompt, prompt.num_cacheable):
+            prompt.num_computed = prompt.num_tokens
+            pool.publish(prompt, 0)
+            pool.release_sequence(prompt)
     return pool.prefix_hits / max(1, pool.prefix_queries)
 
 
@@ -96,8 +97,8 @@ def _row(policy: str, outcome: Outcome, route: _Counting) -> list[str]:
         policy,
         hits,
         *ttft,
-        f"{_spread(route.prompt_tokens):.2f}",
-        f"{_spread(route.sequences):.2f}",
+        f"{spread(list(route.prompt_tokens.values())):.2f}",
+        f"{spread(list(route.sequences.values())):.2f}",
     ]
 
 
@@ -117,7 +118,10 @@ def policies(
         worker = worker.model_copy(update={"kv_tokens": kv_tokens})
     requests = list(at_rate(read_trace(trace, limit), rate))
     placement = Placement(prefill=prefill, decode=decode, block_size=PREFIX_TOKENS)
-    ideal = _ideal(requests, prefill * worker.kv_tokens, PREFIX_TOKENS)
+    prompts = (
+        new_job(number, request, PREFIX_TOKENS).sequence for number, request in enumerate(requests)
+    )
+    ideal = ideal_hits(prompts, prefill * worker.kv_tokens // PREFIX_TOKENS, PREFIX_TOKENS)
     table = _table(f"{trace.name}: {len(requests)} requests, {rate:g}/s, ideal hits {ideal:.1%}")
     for policy in POLICIES:
         table.add_row(*_row(policy, *_run(requests, placement, worker, policy)))

@@ -51,7 +51,7 @@ class Worker:
             row_bytes = engine.geometry.row_bytes
             disk = DiskTier(directory, num_bytes, row_bytes, engine.salt)
             self.cache = cache = TieredCache(
-                self.pool, BlockCopier(engine.rows, disk), disk, row_bytes
+                self.pool, BlockCopier(engine.rows, disk), [disk], row_bytes
             )
             cache.on_change = self._changed.set
             self.scheduler.may_start = lambda prompt: cache.ready(prompt, self._rate.per_second)
@@ -102,7 +102,10 @@ async def measure(engine: Engine, length: int, repeats: int, directory: Path) ->
     assert tiered.cache is not None
     running = asyncio.create_task(tiered.cache.run())
     await plain.ask(prompt())  # warms up
-    cold, saving, cached, read = [], [], [], []
+    cold: list[float] = []
+    saving: list[float] = []
+    cached: list[float] = []
+    read: list[float] = []
     for _ in range(repeats):
         cold.append((await plain.ask(prompt()))[0])
         tokens = prompt()

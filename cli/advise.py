@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 
 from cli.admin_client import ask
-from cli.options import ApiKey, Attainment, RouterUrl, SloTpot, SloTtft
+from cli.options import Attainment, OperatorKey, RouterUrl, SloTpot, SloTtft
 from cli.plan import record, show
 from planner.fit import observed_profile
-from planner.observed import Row, outcome_of, placement_of, repeated, requests_of
+from planner.observed import Row, outcome_of, overhead_of, placement_of, repeated, requests_of
 from planner.outcome import Slo
 from planner.placement import Placement
 from planner.plan import MARGIN, Option, Plan, Planner
@@ -29,7 +29,7 @@ def advise(
     slo_ttft: SloTtft,
     slo_tpot: SloTpot,
     router: RouterUrl = "http://127.0.0.1:8000",
-    api_key: ApiKey = None,
+    api_key: OperatorKey = None,
     attainment: Attainment = 0.9,
     minutes: Annotated[float, typer.Option(help="How far to look back.", min=1, max=60)] = 60,
     requests: Annotated[
@@ -41,12 +41,14 @@ def advise(
     slo = Slo(slo_ttft / 1e3, slo_tpot / 1e3, attainment)
     key = api_key[0] if api_key else None
     workers = ask(router, "/admin/workers", key)["workers"]
+    disaggregation = ask(router, "/admin/disaggregation", key)
     told = ask(router, f"/admin/workload?seconds={minutes * 60:g}", key)["rows"]
     rows = [Row(*row) for row in told[-requests:]]
     try:
         came = requests_of(rows)
-        profile = observed_profile(workers)
-        present = placement_of(workers, mean(request.prompt_tokens for request in came))
+        profile = observed_profile(workers, overhead_of(rows))
+        usual = mean(request.prompt_tokens for request in came)
+        present = placement_of(workers, usual, disaggregation["longest_local_prompt"])
         workload = repeated(came, requests)
         planner = Planner(workload, profile, present.num_workers, present)
         with Console(stderr=True).status(f"simulating {requests} requests at many rates"):
@@ -112,5 +114,10 @@ def _steps(best: Placement, present: Placement) -> list[str]:
     if best.max_num_batched_tokens != present.max_num_batched_tokens:
         steps.append(
             f"start the workers with --max-num-batched-tokens {best.max_num_batched_tokens}"
+        )
+    if best.local_prefill_tokens != present.local_prefill_tokens:
+        steps.append(
+            "start the router with --disaggregation auto "
+            f"--local-prefill-tokens {best.local_prefill_tokens}"
         )
     return steps

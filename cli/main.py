@@ -18,6 +18,8 @@ from rich.console import Console
 
 from cli import advise, autopilot, bench, plan, pools, profile
 from cli.options import (
+    AdminApiKey,
+    AdminApiKeyFile,
     ApiKey,
     ApiKeyFile,
     BlockSize,
@@ -36,6 +38,7 @@ from cli.options import (
     KVDiskSize,
     KVHostSize,
     LocalPrefillTokens,
+    LogFormat,
     MaxBatchedTokens,
     MaxModelLen,
     MaxNumRequests,
@@ -44,6 +47,7 @@ from cli.options import (
     MaxRetries,
     Model,
     NumKVBlocks,
+    OtlpEndpoint,
     Pin,
     Policy,
     Port,
@@ -57,9 +61,11 @@ from cli.options import (
     ThreadsPerWorker,
     ToolCallParser,
     Transport,
+    WireQuantization,
 )
 from cli.sizes import parse_size
 from protocol.errors import ConfigError, KvferryError
+from protocol.logs import TEXT, format_logs
 from protocol.messages import Role
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -92,6 +98,8 @@ def serve(
     served_model_name: ServedName = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    admin_api_key: AdminApiKey = None,
+    admin_api_key_file: AdminApiKeyFile = None,
     insecure: Insecure = False,
     tool_call_parser: ToolCallParser = "auto",
     reasoning_parser: ReasoningParser = "auto",
@@ -102,6 +110,8 @@ def serve(
     disaggregation: Disaggregation = "auto",
     local_prefill_tokens: LocalPrefillTokens = None,
     policy: Policy = "prefix-aware",
+    otlp_endpoint: OtlpEndpoint = None,
+    log_format: LogFormat = "text",
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
@@ -118,6 +128,7 @@ def serve(
     max_num_seqs: MaxNumSeqs = 64,
     enforce_eager: EnforceEager = False,
     transport: Transport = "auto",
+    wire_quantization: WireQuantization = "none",
     require_transport: RequireTransport = None,
     drain_timeout: DrainTimeout = 30.0,
     threads_per_worker: ThreadsPerWorker = None,
@@ -129,7 +140,9 @@ def serve(
     from cli.serve import ServeConfig, serve
 
     keys = _api_keys(api_key, api_key_file)
+    admin_keys = _api_keys(admin_api_key, admin_api_key_file)
     os.environ["KVFERRY_API_KEY"] = " ".join(keys)  # not on the router's command line
+    os.environ["KVFERRY_ADMIN_API_KEY"] = " ".join(admin_keys)
     name = served_model_name or _default_name(model)
     config = ServeConfig(
         model=_checkpoint(model),
@@ -138,7 +151,9 @@ def serve(
         host=host,
         port=port,
         api_key=keys[0] if keys else None,
+        admin_key=admin_keys[0] if admin_keys else None,
         disaggregation=disaggregation,
+        log_format=log_format,
         threads_per_worker=threads_per_worker,
         pin=pin,
         router_args=_arguments(
@@ -150,6 +165,7 @@ def serve(
             disaggregation=disaggregation,
             local_prefill_tokens=local_prefill_tokens,
             policy=policy,
+            otlp_endpoint=otlp_endpoint,
             insecure=insecure,
             tool_call_parser=tool_call_parser,
             reasoning_parser=reasoning_parser,
@@ -168,6 +184,7 @@ def serve(
             max_num_seqs=max_num_seqs,
             enforce_eager=enforce_eager,
             transport=transport,
+            wire_quantization=wire_quantization,
             require_transport=require_transport,
             drain_timeout=drain_timeout,
             profile=profile,
@@ -192,6 +209,8 @@ def router(
     served_model_name: ServedName = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    admin_api_key: AdminApiKey = None,
+    admin_api_key_file: AdminApiKeyFile = None,
     insecure: Insecure = False,
     tool_call_parser: ToolCallParser = "auto",
     reasoning_parser: ReasoningParser = "auto",
@@ -202,6 +221,8 @@ def router(
     disaggregation: Disaggregation = "auto",
     local_prefill_tokens: LocalPrefillTokens = None,
     policy: Policy = "prefix-aware",
+    otlp_endpoint: OtlpEndpoint = None,
+    log_format: LogFormat = "text",
     cluster_key_file: ClusterKey = None,
 ) -> None:
     """Run the router alone. Needs the model's tokenizer, not its weights."""
@@ -215,6 +236,7 @@ def router(
         control=control,
         cluster_key_file=cluster_key_file,
         api_keys=_api_keys(api_key, api_key_file),
+        admin_keys=_api_keys(admin_api_key, admin_api_key_file),
         insecure=insecure,
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
@@ -225,7 +247,9 @@ def router(
         disaggregation=disaggregation,
         local_prefill_tokens=local_prefill_tokens,
         policy=policy,
+        otlp_endpoint=otlp_endpoint,
     )
+    format_logs(log_format, role="router")
     _run(serve_router(config))
 
 
@@ -248,6 +272,7 @@ def worker(
     ] = 0,
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0: any free one.")] = 0,
     cluster_key_file: ClusterKey = None,
+    log_format: LogFormat = "text",
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantization: Quantization = None,
@@ -264,6 +289,7 @@ def worker(
     max_num_seqs: MaxNumSeqs = 64,
     enforce_eager: EnforceEager = False,
     transport: Transport = "auto",
+    wire_quantization: WireQuantization = "none",
     require_transport: RequireTransport = None,
     drain_timeout: DrainTimeout = 30.0,
     profile: Profile = None,
@@ -275,6 +301,7 @@ def worker(
     from engine.tiers.config import TierConfig
 
     name = worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
+    format_logs(log_format, role=role, worker_id=name)
     config = WorkerConfig(
         role=role,
         routers=tuple(router),
@@ -303,6 +330,7 @@ def worker(
             num_blocks=num_kv_blocks,
             kv_cache_memory=kv_cache_memory,
             shared_kv=role == "prefill" and transport == "auto",  # decode reads prefill's
+            wire_quantization=wire_quantization,
             gpu_memory_utilization=gpu_memory_utilization,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
@@ -329,7 +357,7 @@ def main() -> None:
     """The ``kvferry`` command."""
     logging.basicConfig(
         level=os.environ.get("KVFERRY_LOG_LEVEL", "INFO").upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        format=TEXT,
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     app()

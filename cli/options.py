@@ -8,9 +8,18 @@ from typing import Annotated, Literal
 import typer
 
 from cli.sizes import checked_size
+from protocol import logs
 
 Model = Annotated[
     str, typer.Option(help="A local directory, a hub id, or demo: the bundled model.")
+]
+LogFormat = Annotated[
+    logs.LogFormat,
+    typer.Option(envvar="KVFERRY_LOG_FORMAT", help="How lines are logged; json: one object each."),
+]
+OtlpEndpoint = Annotated[
+    str | None,
+    typer.Option(help="OpenTelemetry collector (OTLP over HTTP), as http://localhost:4318."),
 ]
 Host = Annotated[str, typer.Option(help="Address for HTTP.")]
 Port = Annotated[int, typer.Option(help="Port for HTTP.", min=1, max=65535)]
@@ -26,6 +35,24 @@ ApiKey = Annotated[
 ]
 ApiKeyFile = Annotated[
     Path | None, typer.Option(help="File with such tokens, one a line, readable by its owner only.")
+]
+AdminApiKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="KVFERRY_ADMIN_API_KEY",
+        help="Bearer token for /admin and the console's figures; may be given repeatedly.",
+    ),
+]
+AdminApiKeyFile = Annotated[
+    Path | None, typer.Option(help="File with such tokens, as --api-key-file.")
+]
+OperatorKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key",
+        envvar=["KVFERRY_ADMIN_API_KEY", "KVFERRY_API_KEY"],
+        help="The router's admin key, or an API key where it has none and nothing is changed.",
+    ),
 ]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Listen for other hosts without any API key.")
@@ -127,6 +154,13 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the 
 Transport = Annotated[
     Literal["auto", "ucx"],
     typer.Option(help="How KV travels. auto: over mapped memory to peers on this host, else UCX."),
+]
+WireQuantization = Annotated[
+    Literal["none", "int8", "fp8"],
+    typer.Option(
+        help="KV travels in 8 bits: int8, or fp8 for keys beside int8 for values. Where peers map "
+        "this host's memory it stays as it is. The same for all workers."
+    ),
 ]
 RequireTransport = Annotated[
     str | None,

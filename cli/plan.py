@@ -111,7 +111,7 @@ def show(plan: Plan) -> None:
         console.print(f"Note: {note}.", highlight=False)
     columns = "requests/s", "per worker", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99"
     table = Table("placement", *columns, title="at each placement's goodput (ms)")
-    for option in (*plan.ratios, plan.colocated):
+    for option in (*plan.ratios, *plan.variants, plan.colocated):
         style = "bold" if option.placement == plan.best.placement else ""
         table.add_row(str(option.placement), *_figures(option), style=style)
     console.print(table)

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from cli.admin_client import ask
-from cli.options import ApiKey, RouterUrl
+from cli.options import OperatorKey, RouterUrl
 from protocol.messages import Role
 
 POLL = 0.2  # seconds
@@ -34,7 +34,7 @@ def pools() -> None:
 def drain(
     worker: Worker,
     url: RouterUrl = "http://127.0.0.1:8000",
-    api_key: ApiKey = None,
+    api_key: OperatorKey = None,
 ) -> None:
     """Let a worker end its work and leave; what it cannot end in time goes on elsewhere."""
     row = _Admin(url, api_key).post(f"workers/{_quoted(worker)}/drain")
@@ -46,7 +46,7 @@ def flip(
     worker: Worker,
     role: Annotated[Role, typer.Argument(help="The pool it is to serve in.")],
     url: RouterUrl = "http://127.0.0.1:8000",
-    api_key: ApiKey = None,
+    api_key: OperatorKey = None,
 ) -> None:
     """Let a worker end its work and serve in the other pool, with the weights and KV it has."""
     admin = _Admin(url, api_key)
@@ -59,7 +59,7 @@ def resize(
     prefill: Size,
     decode: Size,
     url: RouterUrl = "http://127.0.0.1:8000",
-    api_key: ApiKey = None,
+    api_key: OperatorKey = None,
 ) -> None:
     """Let as many workers as it takes change their pool, one after the other."""
     admin = _Admin(url, api_key)

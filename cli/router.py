@@ -9,6 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -26,6 +27,9 @@ from router.http_protocol import BoundedHttpProtocol
 from router.policy import PolicyName
 from router.text import TextModel
 
+if TYPE_CHECKING:  # needs an extra
+    from router.tracing import Tracing
+
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
@@ -38,6 +42,7 @@ class RouterConfig:
     control: str  # ZMQ endpoint for the workers
     cluster_key_file: Path | None = None
     api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()  # () where API keys are enough to read /admin
     insecure: bool = False  # let everybody in, from other hosts too
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -48,6 +53,7 @@ class RouterConfig:
     disaggregation: Mode = "auto"
     local_prefill_tokens: int | None = None  # None: as measured
     policy: PolicyName = "prefix-aware"
+    otlp_endpoint: str | None = None  # of the collector that gets traces
 
 
 async def serve_router(config: RouterConfig) -> None:
@@ -71,6 +77,8 @@ async def serve_router(config: RouterConfig) -> None:
     disaggregation = Disaggregation(
         config.disaggregation, config.local_prefill_tokens, config.policy
     )
+    name = config.served_model_name or config.model
+    tracing = _tracing(config.otlp_endpoint, name) if config.otlp_endpoint else None
     listening = listen(config.host, config.port)
     link = Server(config.control, key)
     metrics = CollectorRegistry()
@@ -84,15 +92,18 @@ async def serve_router(config: RouterConfig) -> None:
         disaggregation=disaggregation,
     )
     settings = RouterSettings(
-        served_model_name=config.served_model_name or config.model,
+        served_model_name=name,
         api_keys=ApiKeys(config.api_keys),
+        admin_keys=ApiKeys(config.admin_keys),
     )
     simulation = Simulation()
-    app = create_app(settings, text, dispatcher, metrics, simulation.predict)
+    on_end = tracing.ended if tracing else None
+    app = create_app(settings, text, dispatcher, metrics, simulation.predict, on_end)
     server = _Server(
         uvicorn.Config(
             app,
             http=BoundedHttpProtocol,
+            log_config=None,  # this process's
             log_level="warning",
             timeout_graceful_shutdown=2,
             lifespan="off",
@@ -112,6 +123,21 @@ async def serve_router(config: RouterConfig) -> None:
         events.cancel()
         link.close()
         await simulation.close()
+        if tracing:
+            tracing.close()
+
+
+def _tracing(endpoint: str, model: str) -> Tracing:
+    """Raises ConfigError where there is no OpenTelemetry."""
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"--otlp-endpoint {endpoint} is no http:// or https:// address")
+    try:
+        from router.tracing import Tracing
+    except ImportError as error:
+        raise ConfigError(
+            f"--otlp-endpoint needs OpenTelemetry, pip install 'kvferry[otel]': {error}"
+        ) from error
+    return Tracing.to(endpoint, model)
 
 
 class _Server(uvicorn.Server):

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from engine.cache_feed import CacheFeed
 from protocol.errors import ConfigError
+from protocol.lateness import Lateness
 from protocol.link import Client
 from protocol.messages import (
     ChangeRole,
@@ -78,6 +79,7 @@ class RouterLink:
         self._leaving = False
         self._interval = RETRY
         self._heard = 0.0  # time of the router's last message
+        self._lateness = Lateness(SILENCE)
         self._refused: float | None = None  # since when
 
     def send(self, message: Message) -> None:
@@ -117,7 +119,9 @@ class RouterLink:
 
     async def _beat(self) -> None:
         while True:
-            if self.router_id is not None and time.monotonic() - self._heard > SILENCE:
+            now = time.monotonic()
+            self._heard = min(now, self._heard + self._lateness.look(now))
+            if self.router_id is not None and now - self._heard > SILENCE:
                 log.warning("router %s has been silent for %g s", self.router_id, SILENCE)
                 self._lose_router()
             registration = self._registration(self._session)
@@ -138,6 +142,8 @@ class RouterLink:
             message = await self._client.receive()
             self._heard = time.monotonic()
             match message:
+                case Registered() if message.session != self._session:
+                    log.debug("an answer to a former registration")
                 case Registered():
                     self._refused = None
                     self._feed.restart()

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from cli.placement import Placement, place
 from protocol.errors import ConfigError
+from protocol.logs import LogFormat
 
 PR_SET_PDEATHSIG = 1
 # Rounds that a thread waits for the others of its step before it leaves its core: none at all
@@ -48,7 +49,9 @@ class ServeConfig:
     host: str
     port: int
     api_key: str | None
+    admin_key: str | None = None
     disaggregation: str = "auto"
+    log_format: LogFormat = "text"
     threads_per_worker: int | None = None  # None: the worker's share of the cores
     pin: bool | None = None  # to its share; None: where that has more than one core
     router_args: Sequence[str] = ()
@@ -94,7 +97,7 @@ async def serve(config: ServeConfig, console: Console) -> None:
             for command, placement in zip(workers, _placements(config), strict=True):
                 children.append(await _start(*command, placement))
             for child in children:
-                tasks.create_task(_relay(child))
+                tasks.create_task(_relay(child, config.log_format))
             stopping = asyncio.create_task(stop.wait())
             starting = asyncio.create_task(_wait_until_ready(config, children))
             await asyncio.wait({stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
@@ -119,13 +122,14 @@ def _check(config: ServeConfig) -> None:
 
 def _commands(config: ServeConfig, control: str) -> list[tuple[str, list[str]]]:
     router = ["router", "--model", config.model, "--control", control]
+    router += ["--log-format", config.log_format]
     router += ["--host", config.host, "--port", str(config.port), *config.router_args]
     commands = [("router", router)]
     for role, count in (("prefill", config.num_prefill), ("decode", config.num_decode)):
         for index in range(count):
             name = f"{role}-{index}"
             worker = ["worker", "--model", config.model, "--role", role, "--router", control]
-            worker += ["--worker-id", name, *config.worker_args]
+            worker += ["--worker-id", name, "--log-format", config.log_format, *config.worker_args]
             if role == "prefill" or config.num_prefill == 0:
                 worker += config.tier_args
                 if config.kv_disk_dir is not None:
@@ -166,13 +170,13 @@ def _prepare(placement: Placement | None) -> None:
         os.sched_setaffinity(0, placement.cores)
 
 
-async def _relay(child: Child) -> None:
-    """Pass on what the child prints, under its name."""
+async def _relay(child: Child, log_format: LogFormat) -> None:
+    """Pass on what the child prints: text under its name, which is in JSON already."""
     assert child.process.stdout is not None
     async for line in child.process.stdout:
         text = line.decode(errors="replace").rstrip()
         child.said.append(text)
-        sys.stderr.write(f"{child.name}: {text}\n")
+        sys.stderr.write(f"{child.name}: {text}\n" if log_format == "text" else f"{text}\n")
 
 
 async def _wait_until_ready(config: ServeConfig, children: list[Child]) -> None:
@@ -201,7 +205,8 @@ def _all_registered(config: ServeConfig) -> bool:
 
 def _get(config: ServeConfig, path: str) -> Any:
     url = f"http://{_reachable(config.host)}:{config.port}{path}"
-    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    key = config.admin_key or config.api_key
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
         return json.load(answer)

@@ -77,9 +77,11 @@ class Simulation:
 
 
 def _line(question: Question) -> bytes:
+    asked = question.asked
     fields = {
-        "asked": question.asked.model_dump(include=set(WhatIfBody.model_fields)),
+        "asked": asked and asked.model_dump(include=set(WhatIfBody.model_fields)),
         "workload": question.workload,
         "workers": question.workers,
+        "local_prefill_tokens": question.local_prefill_tokens,
     }
     return json.dumps(fields).encode() + b"\n"

@@ -30,6 +30,7 @@ from engine.tiers.cache import TieredCache
 from engine.tiers.config import TierConfig, open_tiers
 from engine.tiers.copier import BlockCopier
 from engine.tiers.metrics import TierCollector
+from kvtransfer.arena import packed_layout
 from kvtransfer.auto import auto_factory
 from kvtransfer.events import Died, TransferEvent
 from kvtransfer.thread import TransferThread
@@ -39,7 +40,8 @@ from prefill.scheduler import PrefillScheduler
 from prefill.worker import PrefillWorker
 from protocol.errors import ConfigError, KvferryError
 from protocol.link import Server, read_cluster_key
-from protocol.messages import Message, Register, Role
+from protocol.logs import about
+from protocol.messages import Message, Register, RequestFailed, Role
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +95,8 @@ class WorkerProcess:
             if auto
             else UCXTransport.factory(host, config.data_port, self._key)
         )
-        self._transfer = TransferThread(rows, factory, self._on_transfer)
+        layout = packed_layout(self._engine.fingerprint)
+        self._transfer = TransferThread(rows, factory, self._on_transfer, layout=layout)
         self._transfer.start()
         if config.require_transport:
             check_transport(config.require_transport, self._transfer.description)
@@ -117,6 +120,7 @@ class WorkerProcess:
         readiness = Readiness(self._transfer, self._engine_thread)
         self._metrics_url = serve_status(host, config.metrics_port, metrics, readiness)
         identity = f"{config.worker_id}:{secrets.randbits(63)}"
+        held = self._tiers.held if self._tiers is not None else self._pool
         self._links = [
             RouterLink(
                 router,
@@ -125,7 +129,7 @@ class WorkerProcess:
                 self._registration,
                 self._roles,
                 on_drain=self._leave.set,
-                feed=CacheFeed(self._pool),
+                feed=CacheFeed(held),
             )
             for router in config.routers
         ]
@@ -185,7 +189,7 @@ class WorkerProcess:
         if not tiers:
             return None
         row_bytes = self._engine.geometry.row_bytes
-        cache = TieredCache(self._pool, BlockCopier(rows, tiers[0]), tiers[0], row_bytes)
+        cache = TieredCache(self._pool, BlockCopier(rows, tiers[0]), tiers, row_bytes)
         metrics.register(TierCollector(cache, tiers, row_bytes))
         return cache
 
@@ -224,6 +228,9 @@ class WorkerProcess:
         )
 
     def _send(self, router_id: str, message: Message) -> None:
+        if isinstance(message, RequestFailed):
+            extra = about(message.request_id, code=message.code)
+            log.info("request %s failed here: %s", message.request_id, message.message, extra=extra)
         for link in self._links:
             if link.router_id == router_id:
                 link.send(message)

@@ -9,51 +9,29 @@ An event goes in, actions come out; the clock is passed in, nothing is sent or a
 ``TRANSITIONS`` names what every event does in every state.
 Blocks are reserved before prefill computes. They are written only while the grant is OPEN, and
 given back only once the transport has confirmed (Closed) that no receive into them is left: a
-timeout alone frees nothing. What prefill has heard no answer to it repeats, and gets the same
-answer. Blocks that do not verify, or never come, are not read: the sequence is computed anew from
-its token ids.
+timeout alone frees nothing. Those that a tier holds do not travel: it fills them meanwhile. What
+prefill has heard no answer to it repeats, and gets the same answer. Blocks that do not verify, or
+never come, are not read: the sequence is computed anew from its token ids.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, assert_never
 
+from decode import admission_events as adm
 from decode.acceptances import Acceptances
-from decode.admission_events import (
-    Abandon,
-    Action,
-    Admit,
-    Asked,
-    Cancelled,
-    Closed,
-    CloseReceive,
-    Event,
-    FromPeer,
-    OpenReceive,
-    Received,
-    ReceiveFailed,
-    Reply,
-    Report,
-    RouterLost,
-    Tick,
-)
+from decode.admission_events import Actions, Event, FromPeer
 from decode.grant import Grants, GrantState, OpenGrant, without_blocks
 from decode.room import Room
-from decode.terms import disagreement, misfit, objection
+from decode.terms import Terms
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
-from protocol.errors import KvferryError, UnavailableError, WorkerLostError
+from protocol.errors import KvferryError, WorkerLostError
 from protocol.geometry import Fingerprint
-from protocol.messages import (
-    Continuation,
-    GrantRefused,
-    GrantRequest,
-    Handoff,
-    RequestFailed,
-    Revoke,
-)
+from protocol.messages import Continuation, GrantRequest, Handoff, Revoke
 
 LATE_BLOCKS = 2.0  # seconds that blocks may come after the Handoff, or after one another then
 
@@ -74,19 +52,16 @@ class Admission:
         new_grant_id: Callable[[], int] = lambda: secrets.randbelow(2**32 - 1) + 1,
     ) -> None:
         self._pool = pool
-        self._fingerprint = fingerprint
-        self._epoch = epoch
-        self._vocab_size = vocab_size
+        self._terms = Terms(pool, fingerprint, epoch, vocab_size)
         self._grant_timeout = grant_timeout
         self.room = Room(pool, headroom)
         self.grants = Grants(new_grant_id, max_pending)
         self._acceptances = Acceptances(max_pending)
-        self.leaving = False  # no new grants
         self.num_expired = 0
         self.num_stale = 0  # hand-offs without a grant, requests to a former incarnation
-        self.integrity_failures: dict[str, int] = {}  # by reason
+        self.integrity_failures: Counter[str] = Counter()  # by reason
 
-    def handle(self, event: Event, now: float) -> list[Action]:
+    def handle(self, event: Event, now: float) -> Actions:
         """Advance by one event.
 
         Raises ValueError for one that cannot be in the state of its grant.
@@ -96,24 +71,24 @@ class Admission:
                 grant = self.grants.of_request(event.message.request_id)
                 given = grant is not None and grant.peer == event.peer
                 return self._advance(grant if given else None, event, now)
-            case Asked() | Cancelled():
+            case adm.Asked() | adm.Cancelled():
                 return self._advance(self.grants.of_request(event.request_id), event, now)
-            case Received() | ReceiveFailed() | Closed():
+            case adm.Received() | adm.Loaded() | adm.ReceiveFailed() | adm.Closed():
                 return self._advance(self.grants.numbered(event.grant_id), event, now)
-            case RouterLost():
+            case adm.RouterLost():
                 return self._advance_all(self.grants.of_router(event.router_id), event, now)
-            case Tick():
+            case adm.Tick():
                 ended = self._advance_all(self.grants.of_requests(), event, now)
                 return [*ended, *self._grant_pending(now)]
             case _:
                 assert_never(event)
 
     def _advance_all(
-        self, grants: Iterable[OpenGrant], event: Tick | RouterLost, now: float
-    ) -> list[Action]:
+        self, grants: Iterable[OpenGrant], event: adm.Tick | adm.RouterLost, now: float
+    ) -> Actions:
         return [action for grant in grants for action in self._advance(grant, event, now)]
 
-    def _advance(self, grant: OpenGrant | None, event: Event, now: float) -> list[Action]:
+    def _advance(self, grant: OpenGrant | None, event: Event, now: float) -> Actions:
         state = grant.state if grant is not None else None
         kind = type(event.message) if isinstance(event, FromPeer) else type(event)
         transition = TRANSITIONS[state].get(kind)
@@ -124,108 +99,98 @@ class Admission:
 
     # Transitions -----------------------------------------------------------------------------
 
-    def _requested(self, _: None, event: FromPeer[GrantRequest], now: float) -> list[Action]:
+    def _requested(self, _: None, event: FromPeer[GrantRequest], now: float) -> Actions:
         peer, request = event.peer, event.message
-        self.num_stale += request.epoch != self._epoch
-        error = self._refusal(request) or self._objection(request)
+        self.num_stale += request.epoch != self._terms.epoch
+        if request.fingerprint != self._terms.fingerprint:
+            self.integrity_failures["fingerprint"] += 1
+        error = self.grants.refusal(request.request_id) or self._terms.objection(request)
         if error is not None:
-            refusal = GrantRefused(
-                request_id=request.request_id, code=error.code, message=str(error)
-            )
-            return [Reply(peer, refusal)]
+            return [adm.refused(peer, request.request_id, error)]
         return self._queue(request, request.router_id, peer, now)
 
     def _requested_again(
         self, grant: OpenGrant, event: FromPeer[GrantRequest], now: float
-    ) -> list[Action]:
-        return [Reply(event.peer, grant.message(self._epoch, now))]  # it has not heard the answer
+    ) -> Actions:
+        return [adm.Reply(event.peer, grant.message(self._terms.epoch, now))]
 
-    def _asked(self, _: OpenGrant | None, event: Asked, now: float) -> list[Action]:
+    def _asked(self, _: OpenGrant | None, event: adm.Asked, now: float) -> Actions:
         request = event.request
-        error = self._refusal(request) or misfit(request, self._pool, self._vocab_size)
+        error = self.grants.refusal(request.request_id) or self._terms.misfit(request)
         if error is not None:
-            return [_failed(request.request_id, event.router_id, error)]
+            return [adm.failed(event.router_id, request.request_id, error)]
         return self._queue(request, event.router_id, None, now)
 
-    def _received(self, grant: OpenGrant, event: Received, now: float) -> list[Action]:
+    def _received(self, grant: OpenGrant, event: adm.Received, now: float) -> Actions:
         grant.digests.update(enumerate(event.digests, start=event.first))
-        patience = LATE_BLOCKS if grant.handoff else self._grant_timeout
-        grant.expires = min(grant.deadline, now + patience)
-        return self._admit_if_complete(grant)
+        return self._arrived(grant, now)
 
-    def _receive_failed(self, grant: OpenGrant, event: ReceiveFailed, now: float) -> list[Action]:
+    def _loaded(self, grant: OpenGrant, event: adm.Loaded, now: float) -> Actions:
+        grant.num_loaded = event.num_blocks
+        return self._arrived(grant, now)
+
+    def _receive_failed(self, grant: OpenGrant, event: adm.ReceiveFailed, now: float) -> Actions:
         return self._fail(grant, WorkerLostError(f"KV transfer failed: {event.reason}"))
 
-    def _offered(self, grant: OpenGrant, event: FromPeer[Handoff], now: float) -> list[Action]:
+    def _offered(self, grant: OpenGrant, event: FromPeer[Handoff], now: float) -> Actions:
         handoff = event.message
         if self._acceptances.repeat(event.peer, handoff) is not None:
             return self._offered_again(grant, event, now)
-        error = disagreement(grant, handoff, self._epoch, self._vocab_size)
+        error = self._terms.disagreement(grant, handoff)
         if error is not None:
-            self._count_failure("handoff")
+            self.integrity_failures["handoff"] += 1
             return self._fail(grant, error)
         if grant.handoff is None:  # everything was sent: what is missing must be close behind
             grant.handoff = handoff
             grant.expires = min(grant.expires, now + LATE_BLOCKS)
         return self._admit_if_complete(grant)
 
-    def _offered_again(
-        self, _: OpenGrant | None, event: FromPeer[Handoff], now: float
-    ) -> list[Action]:
+    def _offered_again(self, _: OpenGrant | None, event: FromPeer[Handoff], now: float) -> Actions:
         answer = self._acceptances.repeat(event.peer, event.message)
         self.num_stale += answer is None
-        return [Reply(event.peer, answer)] if answer is not None else []
+        return [adm.Reply(event.peer, answer)] if answer is not None else []
 
-    def _revoked_in_vain(self, _: None, event: FromPeer[Revoke], now: float) -> list[Action]:
+    def _revoked_in_vain(self, _: None, event: FromPeer[Revoke], now: float) -> Actions:
         """Once accepted, the request is no longer prefill's to end; nor is another peer's."""
         self.num_stale += self.grants.of_request(event.message.request_id) is not None
         return []
 
-    def _cancelled(self, grant: OpenGrant | None, event: Cancelled, now: float) -> list[Action]:
+    def _cancelled(self, grant: OpenGrant | None, event: adm.Cancelled, now: float) -> Actions:
         self.grants.cancel(event.request_id)
         closing = self._close(grant) if grant is not None else []
-        return [*closing, Abandon(event.request_id)]
+        return [*closing, adm.Abandon(event.request_id)]
 
-    def _expired(self, grant: OpenGrant, _: Tick, now: float) -> list[Action]:
+    def _expired(self, grant: OpenGrant, _: adm.Tick, now: float) -> Actions:
         if now < grant.expires:
             return []
         if grant.handoff is not None and now < grant.deadline:
-            return self._admit(grant, grant.handoff, failure="missing")
+            self.integrity_failures["missing"] += 1
+            return self._admit(grant, grant.handoff, without_blocks(grant.sequence))
         self.num_expired += 1
         return self._fail(grant, grant.expiry(now))
 
-    def _end(self, grant: OpenGrant, _: FromPeer[Revoke] | RouterLost, now: float) -> list[Action]:
+    def _end(self, grant: OpenGrant, _: FromPeer[Revoke] | adm.RouterLost, now: float) -> Actions:
         return self._close(grant)
 
-    def _closed(self, grant: OpenGrant, _: Closed, now: float) -> list[Action]:
+    def _closed(self, grant: OpenGrant, _: adm.Closed, now: float) -> Actions:
         self.grants.forget(grant)
         self._pool.release_sequence(grant.sequence)
         return self._grant_pending(now)
 
-    def _ignore(self, _grant: OpenGrant | None, _: Event, now: float) -> list[Action]:
+    def _ignore(self, _grant: OpenGrant | None, _: Event, now: float) -> Actions:
         return []
 
     # What they share -------------------------------------------------------------------------
 
-    def _refusal(self, request: Continuation) -> KvferryError | None:
-        if self.leaving:
-            return UnavailableError("this decode worker is leaving")
-        return self.grants.refusal(request.request_id)
-
-    def _objection(self, request: GrantRequest) -> KvferryError | None:
-        if self._fingerprint != request.fingerprint:
-            self._count_failure("fingerprint")
-        return objection(request, self._pool, self._fingerprint, self._epoch, self._vocab_size)
-
     def _queue(
         self, request: Continuation, router_id: str, peer: bytes | None, now: float
-    ) -> list[Action]:
+    ) -> Actions:
         sequence, deadline = Sequence.of(request), now + request.timeout
         self.grants.add(OpenGrant(peer, router_id, sequence, now, deadline, expires=deadline))
         return self._grant_pending(now)
 
-    def _grant_pending(self, now: float) -> list[Action]:
-        actions: list[Action] = []
+    def _grant_pending(self, now: float) -> Actions:
+        actions: Actions = []
         for grant in self.room.let_in(self.grants.pending()):
             if grant.peer is None:
                 actions.append(self._admit_prompt(grant, now))
@@ -233,71 +198,66 @@ class Admission:
                 actions += self._open(grant, grant.peer, now)
         return actions
 
-    def _admit_prompt(self, grant: OpenGrant, now: float) -> Admit:
+    def _admit_prompt(self, grant: OpenGrant, now: float) -> adm.Admit:
         """Let decode have a sequence that it computes from its tokens."""
         self.grants.close(grant)
         sequence = grant.sequence
         sequence.recomputed = sequence.num_output_tokens > 0
-        return Admit(sequence, grant.router_id, grant.deadline, waited=now - grant.asked)
+        return adm.Admit(sequence, grant.router_id, grant.deadline, waited=now - grant.asked)
 
-    def _open(self, grant: OpenGrant, peer: bytes, now: float) -> list[Action]:
-        sequence = grant.sequence
+    def _open(self, grant: OpenGrant, peer: bytes, now: float) -> Actions:
         self.grants.open(grant)
-        grant.blocks = sequence.block_table[sequence.num_computed // self._pool.block_size :]
         grant.expires = min(grant.deadline, now + self._grant_timeout)
-        told = Reply(peer, grant.message(self._epoch, now))
-        return [OpenReceive(grant.grant_id, grant.blocks, peer), told]
+        load = adm.LoadBlocks(grant.grant_id, grant.sequence, grant.num_to_load)
+        told = adm.Reply(peer, grant.message(self._terms.epoch, now))
+        receive = adm.OpenReceive(grant.grant_id, grant.blocks, peer)
+        return [load, receive, told] if load.count else [receive, told]
 
-    def _admit_if_complete(self, grant: OpenGrant) -> list[Action]:
+    def _arrived(self, grant: OpenGrant, now: float) -> Actions:
+        """Some of the blocks are in place: the others may take as long again."""
+        patience = LATE_BLOCKS if grant.handoff else self._grant_timeout
+        grant.expires = min(grant.deadline, now + patience)
+        return self._admit_if_complete(grant)
+
+    def _admit_if_complete(self, grant: OpenGrant) -> Actions:
         handoff = grant.handoff
-        if handoff is None or len(grant.digests) < len(grant.blocks):
+        if handoff is None or not grant.complete:
             return []
         if any(grant.digests[i] != digest for i, digest in enumerate(handoff.digests)):
-            return self._admit(grant, handoff, failure="digest")
-        return self._admit(grant, handoff)
-
-    def _admit(
-        self, grant: OpenGrant, handoff: Handoff, failure: str | None = None
-    ) -> list[Action]:
-        """Let decode have the sequence; after a failure it computes everything anew."""
+            self.integrity_failures["digest"] += 1
+            return self._admit(grant, handoff, without_blocks(grant.sequence))
+        if not grant.loaded_whole:
+            return self._admit(grant, handoff, without_blocks(grant.sequence))
         sequence = grant.sequence
-        if failure is None:
-            sequence.num_computed = sequence.num_tokens
-            self._pool.publish(sequence, 0)
-            grant.sequence = without_blocks(sequence)  # the blocks now belong to the sequence
-        else:
-            self._count_failure(failure)
-            sequence = without_blocks(sequence)  # the blocks stay with the closing grant
+        sequence.num_computed = sequence.num_tokens
+        self._pool.publish(sequence, 0)
+        grant.sequence = without_blocks(sequence)  # the blocks now belong to the sequence
+        return self._admit(grant, handoff, sequence)
+
+    def _admit(self, grant: OpenGrant, handoff: Handoff, sequence: Sequence) -> Actions:
+        """Let decode have the sequence, which it computes if the blocks stay with the grant."""
         sequence.token_ids.append(handoff.first_token)
         assert grant.peer is not None, "nobody else hands off"
         answer = self._acceptances.accept(grant.peer, handoff)
-        admit = Admit(sequence, grant.router_id, grant.deadline)
-        return [*self._close(grant), admit, Reply(grant.peer, answer)]
+        admit = adm.Admit(sequence, grant.router_id, grant.deadline)
+        return [*self._close(grant), admit, adm.Reply(grant.peer, answer)]
 
-    def _close(self, grant: OpenGrant) -> list[Action]:
-        return [CloseReceive(grant.grant_id)] if self.grants.close(grant) else []
+    def _close(self, grant: OpenGrant) -> Actions:
+        return [adm.CloseReceive(grant.grant_id)] if self.grants.close(grant) else []
 
-    def _fail(self, grant: OpenGrant, error: KvferryError) -> list[Action]:
-        return [*self._close(grant), _failed(grant.request_id, grant.router_id, error)]
-
-    def _count_failure(self, reason: str) -> None:
-        self.integrity_failures[reason] = self.integrity_failures.get(reason, 0) + 1
+    def _fail(self, grant: OpenGrant, error: KvferryError) -> Actions:
+        return [*self._close(grant), adm.failed(grant.router_id, grant.request_id, error)]
 
 
-def _failed(request_id: str, router_id: str, error: KvferryError) -> Report:
-    failed = RequestFailed(request_id=request_id, code=error.code, message=str(error))
-    return Report(router_id, failed)
-
-
-Transition = Callable[[Admission, Any, Any, float], list[Action]]
+Transition = Callable[[Admission, Any, Any, float], Actions]
 Kind = type[Event | GrantRequest | Handoff | Revoke]  # a peer's event goes by its message
 
 _OF_A_REQUEST: Mapping[Kind, Transition] = {
-    Asked: Admission._asked,  # refused: there is a grant
+    adm.Asked: Admission._asked,  # refused: there is a grant
     Revoke: Admission._end,
-    Cancelled: Admission._cancelled,
-    RouterLost: Admission._end,
-    Tick: Admission._expired,
+    adm.Cancelled: Admission._cancelled,
+    adm.RouterLost: Admission._end,
+    adm.Tick: Admission._expired,
 }
 
 # By the state of the event's grant; None: there is none, or it is another peer's. What is not
@@ -308,11 +268,12 @@ TRANSITIONS: Mapping[GrantState | None, Mapping[Kind, Transition]] = {
         GrantRequest: Admission._requested,
         Handoff: Admission._offered_again,
         Revoke: Admission._revoked_in_vain,
-        Asked: Admission._asked,
-        Cancelled: Admission._cancelled,
-        Received: Admission._ignore,
-        ReceiveFailed: Admission._ignore,
-        Closed: Admission._ignore,
+        adm.Asked: Admission._asked,
+        adm.Cancelled: Admission._cancelled,
+        adm.Received: Admission._ignore,
+        adm.Loaded: Admission._ignore,
+        adm.ReceiveFailed: Admission._ignore,
+        adm.Closed: Admission._ignore,
     },
     GrantState.PENDING: {
         **_OF_A_REQUEST,
@@ -321,14 +282,16 @@ TRANSITIONS: Mapping[GrantState | None, Mapping[Kind, Transition]] = {
     },
     GrantState.OPEN: {
         **_OF_A_REQUEST,
-        GrantRequest: Admission._requested_again,
+        GrantRequest: Admission._requested_again,  # it has not heard the answer
         Handoff: Admission._offered,
-        Received: Admission._received,
-        ReceiveFailed: Admission._receive_failed,
+        adm.Received: Admission._received,
+        adm.Loaded: Admission._loaded,
+        adm.ReceiveFailed: Admission._receive_failed,
     },
     GrantState.CLOSING: {
-        Received: Admission._ignore,
-        ReceiveFailed: Admission._ignore,
-        Closed: Admission._closed,
+        adm.Received: Admission._ignore,
+        adm.Loaded: Admission._ignore,
+        adm.ReceiveFailed: Admission._ignore,
+        adm.Closed: Admission._closed,
     },
 }

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from engine.sequence import Sequence
+from protocol.errors import KvferryError
 from protocol.messages import (
     GenerateRequest,
+    GrantRefused,
     GrantRequest,
     Handoff,
     Message,
@@ -53,6 +55,14 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """A tier has given a grant what it still had: ``num_blocks``, from the first on."""
+
+    grant_id: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReceiveFailed:
     """A receive under the grant ended without its data."""
 
@@ -86,7 +96,8 @@ class Tick:
     """Time passed or blocks became free."""
 
 
-Event = FromPeer[Offer] | Asked | Received | ReceiveFailed | Closed | Cancelled | RouterLost | Tick
+OfGrant = Received | Loaded | ReceiveFailed | Closed
+Event = FromPeer[Offer] | Asked | OfGrant | Cancelled | RouterLost | Tick
 
 # Actions -----------------------------------------------------------------------------------
 
@@ -106,6 +117,15 @@ class OpenReceive:
     grant_id: int
     blocks: list[int]
     sender: bytes  # the peer that hands off
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBlocks:
+    """Let the tiers fill ``count`` blocks after the sequence's computed ones; answers: Loaded."""
+
+    grant_id: int
+    sequence: Sequence
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,4 +163,17 @@ class Report:
     message: RequestFailed
 
 
-Action = Reply | OpenReceive | CloseReceive | Admit | Abandon | Report
+Action = Reply | OpenReceive | LoadBlocks | CloseReceive | Admit | Abandon | Report
+Actions = list[Action]
+
+
+def refused(peer: bytes, request_id: str, error: KvferryError) -> Reply:
+    """Tell prefill that there will be no grant."""
+    message = GrantRefused(request_id=request_id, code=error.code, message=str(error))
+    return Reply(peer, message)
+
+
+def failed(router_id: str, request_id: str, error: KvferryError) -> Report:
+    """Tell a router that its request ends here."""
+    message = RequestFailed(request_id=request_id, code=error.code, message=str(error))
+    return Report(router_id, message)

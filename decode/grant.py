@@ -40,7 +40,10 @@ class OpenGrant:
     expires: float
     grant_id: int = 0  # from OPEN on
     state: GrantState = GrantState.PENDING
-    blocks: list[int] = field(default_factory=list)  # destinations, without the cached prefix
+    num_held_tokens: int = 0  # of whole blocks that the pool has or a tier is to bring back
+    num_to_load: int = 0  # blocks that a tier is to bring back
+    num_loaded: int | None = None  # of those, from the first on; None: it is still at it
+    blocks: list[int] = field(default_factory=list)  # destinations, without what is held
     digests: dict[int, int] = field(default_factory=dict)  # of received blocks, by position
     handoff: Handoff | None = None
 
@@ -49,13 +52,24 @@ class OpenGrant:
         """The request's id."""
         return self.sequence.request_id
 
+    @property
+    def loaded_whole(self) -> bool:
+        """Whether the tier has given all that it was to bring back."""
+        return self.num_to_load == (self.num_loaded or 0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything has come that can come."""
+        loaded = self.num_to_load == 0 or self.num_loaded is not None
+        return self.handoff is not None and loaded and len(self.digests) == len(self.blocks)
+
     def message(self, epoch: int, now: float) -> Grant:
         """What prefill is told of it."""
         return Grant(
             request_id=self.request_id,
             grant_id=self.grant_id,
             epoch=epoch,
-            num_cached_tokens=self.sequence.num_computed,
+            num_cached_tokens=self.num_held_tokens,
             blocks=self.blocks,
             expires_in=self.expires - now,
         )
@@ -77,6 +91,7 @@ class Grants:
         self._by_request: dict[str, OpenGrant] = {}  # PENDING and OPEN, oldest first
         self._by_id: dict[int, OpenGrant] = {}  # OPEN and CLOSING
         self._cancelled: dict[str, None] = {}  # requests, the latest last
+        self.leaving = False  # no new ones
 
     @property
     def num_requests(self) -> int:
@@ -125,6 +140,8 @@ class Grants:
 
     def refusal(self, request_id: str) -> KvferryError | None:
         """Why a request gets no grant, not even one to wait for; None if it does."""
+        if self.leaving:
+            return UnavailableError("this decode worker is leaving")
         if request_id in self._cancelled:
             return UnavailableError(f"request {request_id} was cancelled")
         if request_id in self._by_request:
@@ -171,4 +188,5 @@ def without_blocks(sequence: Sequence) -> Sequence:
         sequence.num_prompt_tokens,
         sequence.sampling,
         cache_salt=sequence.cache_salt,
+        priority=sequence.priority,
     )

@@ -19,17 +19,35 @@ class Room:
     def __init__(self, pool: BlockPool, headroom: Callable[[], int | None]) -> None:
         self._pool = pool
         self._headroom = headroom
-        # Asked before a prompt of decode's own gets blocks: one that may not yet is passed over.
-        self.may_start: Callable[[Sequence], bool] = lambda _: True
+        # Asked before a prompt of decode's own gets blocks, with the headroom: one that may not yet
+        # is passed over.
+        self.may_start: Callable[[Sequence, int], bool] = lambda _, __: True
+        # How many blocks after its cached ones a tier brings back for a prompt that is handed off.
+        self.loadable: Callable[[Sequence], int] = lambda _: 0
 
     def let_in(self, pending: Iterable[OpenGrant]) -> Iterator[OpenGrant]:
-        """Reserve blocks while there is room, first come first served; yields who got them."""
-        for grant in pending:
+        """Reserve blocks while there is room; yields who got them.
+
+        By priority, then first come first served.
+        """
+        for grant in sorted(pending, key=lambda grant: grant.sequence.priority):
             own, sequence = grant.peer is None, grant.sequence
-            if own and not self.may_start(sequence):
-                continue
             headroom = self._headroom()
-            cacheable = sequence.num_cacheable if own else sequence.num_tokens
-            if headroom is None or not self._pool.reserve(sequence, cacheable, headroom):
+            if headroom is None:
                 return
+            if own and not self.may_start(sequence, headroom):
+                continue
+            cacheable = sequence.num_cacheable if own else sequence.num_tokens
+            if not self._pool.reserve(sequence, cacheable, headroom):
+                return
+            if not own:
+                self._divide(grant)
             yield grant
+
+    def _divide(self, grant: OpenGrant) -> None:
+        """Decide which of its blocks a tier fills, and which prefill."""
+        sequence = grant.sequence
+        grant.num_to_load = self.loadable(sequence)
+        num_held = sequence.num_computed // self._pool.block_size + grant.num_to_load
+        grant.num_held_tokens = num_held * self._pool.block_size
+        grant.blocks = sequence.block_table[num_held:]

@@ -1,9 +1,10 @@
 """Which sequences generate in the next step. Pure policy: no tensor, no clock.
 
 Every running sequence that generates computes one token a step. Prompts that decode computes
-itself go in chunks beside them, under one token budget. When blocks run out the newest sequence
-is preempted: it gives up its blocks and is recomputed later, in chunks too, from its token ids;
-what is still in the prefix cache then costs nothing. The client never notices.
+itself go in chunks beside them, under one token budget. When blocks run out the sequence of the
+least priority, of those the newest, is preempted: it gives up its blocks and is recomputed later,
+in chunks too, from its token ids; what is still in the prefix cache then costs nothing. The client
+never notices.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass
 from itertools import count
+from operator import attrgetter
 
 from engine.batch import Batch, BatchRow
 from engine.block_pool import BlockPool
+from engine.chunks import Chunks, chunks
 from engine.sequence import Sequence
 from engine.step import Step
-from engine.token_budget import prompt_budget, shares
+from engine.token_budget import prompt_budget
 from protocol.messages import FinishReason
+
+_turn = attrgetter("turn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +32,6 @@ class NewToken:
     sequence: Sequence
     token_id: int
     finish_reason: FinishReason | None
-
-
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
 
 
 class DecodeScheduler:
@@ -47,7 +48,7 @@ class DecodeScheduler:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        # All oldest first.
+        # All by their turns: by priority, then oldest first.
         self.admitted: list[Sequence] = []  # hold their prompt's blocks
         self.preempted: list[Sequence] = []  # hold none
         self.running: list[Sequence] = []
@@ -79,21 +80,21 @@ class DecodeScheduler:
         """Take over a sequence; one without blocks is computed from its tokens."""
         sequence.arrival = next(self._arrivals)
         if sequence.block_table:
-            self.admitted.append(sequence)
+            insort(self.admitted, sequence, key=_turn)
         else:
             sequence.recomputed = True
-            self.preempted.append(sequence)
+            insort(self.preempted, sequence, key=_turn)
 
     def schedule(self) -> Batch:
         """The next step's rows; empty when nothing may run."""
         self._start_waiting()
         self._make_room()
-        chunks = self._chunks()
+        prompts = self._chunks()
         return self._step.begin(
             [
                 BatchRow(sequence, sequence.num_computed, num_tokens)
                 for sequence in self.running
-                if (num_tokens := chunks.get(sequence.request_id, 1)) > 0
+                if (num_tokens := prompts.get(sequence, 1)) > 0
             ]
         )
 
@@ -135,29 +136,41 @@ class DecodeScheduler:
             sequence.num_cached = num_cached  # what it computed itself was no hit
             self._run(self.preempted.pop(0))
 
-    def _chunks(self) -> dict[str, int]:
+    def _chunks(self) -> Chunks:
         """Tokens of the next step for each running sequence that lacks more than one."""
-        left = {s.request_id: s.num_tokens - s.num_computed for s in self.running}
-        left = {request_id: tokens for request_id, tokens in left.items() if tokens > 1}
+        prompts = [s for s in self.running if s.num_tokens - s.num_computed > 1]
+        prompts.sort(key=attrgetter("arrival"))  # priorities count no more: nobody starves
+        for sequence in prompts:
+            self.pool.adopt(sequence)
+        left = {sequence: sequence.num_tokens - sequence.num_computed for sequence in prompts}
         budget = prompt_budget(self.max_num_batched_tokens, len(self.running) - len(left))
-        return dict(zip(left, shares([*left.values()], budget), strict=True))
+        return chunks(left, budget, self.pool.block_size)
 
     def _run(self, sequence: Sequence) -> None:
-        insort(self.running, sequence, key=_arrival)
+        insort(self.running, sequence, key=_turn)
 
     def _make_room(self) -> None:
-        """Give every running sequence a slot for its next token, oldest first."""
+        """Give every running sequence a slot for its next token, in the order of their turns."""
         served = 0
         while served < len(self.running):
             if self.pool.grow(self.running[served], self.running[served].num_tokens):
                 served += 1
-            else:
-                self._preempt((self.admitted or self.running).pop())
+                continue
+            queue = self._least()
+            self._preempt(queue.pop())
+            if queue is self.running and self.admitted:  # the next one has the place, and its turn
+                self._run(self.admitted.pop(0))
+                served = 0
+
+    def _least(self) -> list[Sequence]:
+        """The queue whose last sequence is to give up its blocks; rather one that does not run."""
+        waits = self.admitted and self.admitted[-1].priority >= self.running[-1].priority
+        return self.admitted if waits else self.running
 
     def _preempt(self, sequence: Sequence) -> None:
         self.pool.release_sequence(sequence)
         sequence.recomputed = True
         if sequence.scores_prompt:  # all of the prompt is computed again
             sequence.prompt_logprobs.clear()
-        insort(self.preempted, sequence, key=_arrival)
+        insort(self.preempted, sequence, key=_turn)
         self.num_preemptions += 1

@@ -17,25 +17,8 @@ from typing import assert_never
 
 from prometheus_client.core import Metric
 
+from decode import admission_events as adm
 from decode.admission import Admission
-from decode.admission_events import (
-    Abandon,
-    Action,
-    Admit,
-    Asked,
-    Cancelled,
-    Closed,
-    CloseReceive,
-    Event,
-    FromPeer,
-    OpenReceive,
-    Received,
-    ReceiveFailed,
-    Reply,
-    Report,
-    RouterLost,
-    Tick,
-)
 from decode.metrics import metrics
 from decode.prompt_rate import PromptRate
 from decode.residents import Resident, Residents
@@ -49,6 +32,7 @@ from kvtransfer.thread import TransferThread
 from protocol.errors import DeadlineError, InvalidRequestError
 from protocol.geometry import Fingerprint
 from protocol.link import Server
+from protocol.logs import about
 from protocol.messages import (
     Cancel,
     FirstToken,
@@ -101,11 +85,14 @@ class DecodeWorker:
         self._wake = asyncio.Event()
         self._residents = Residents()
         self._rate = PromptRate()
+        self._tiers = tiers
         if tiers is not None:
-            self._admission.room.may_start = lambda prompt: tiers.ready(
-                prompt, self._rate.tokens_per_second
+            room = self._admission.room
+            room.may_start = lambda prompt, headroom: tiers.ready(
+                prompt, self._rate.tokens_per_second, headroom
             )
-            tiers.on_change = lambda: self._handle(Tick())
+            room.loadable = tiers.loadable
+            tiers.on_change = lambda: self._handle(adm.Tick())
 
     def load(self) -> WorkerLoad:
         """What the router is told."""
@@ -135,13 +122,13 @@ class DecodeWorker:
 
     def leave(self) -> None:
         """Take nothing new; what has come goes on."""
-        self._admission.leaving = True
+        self._admission.grants.leaving = True
 
     def drop_router(self, router_id: str) -> None:
         """Drop everything that a router asked for: it is gone, or has given this worker up."""
         for request_id in self._residents.of_router(router_id):
             self._drop(request_id)
-        self._handle(RouterLost(router_id))
+        self._handle(adm.RouterLost(router_id))
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -154,12 +141,16 @@ class DecodeWorker:
         """Take a router's message."""
         match message:
             case GenerateRequest() if message.request_id in self._residents:
-                log.warning("request %s came twice, the second is ignored", message.request_id)
+                log.warning(
+                    "request %s came twice, the second is ignored",
+                    message.request_id,
+                    extra=about(message.request_id),
+                )
             case GenerateRequest():
                 self._engine.expect(message.sampling)
-                self._handle(Asked(router_id, message))
+                self._handle(adm.Asked(router_id, message))
             case Cancel():
-                self._handle(Cancelled(message.request_id))
+                self._handle(adm.Cancelled(message.request_id))
             case _:
                 log.warning("unexpected %s from router %s", type(message).__name__, router_id)
 
@@ -167,11 +158,11 @@ class DecodeWorker:
         """Take an event of the transfer thread, on the event loop."""
         match event:
             case events.BlocksReceived():
-                self._handle(Received(event.grant_id, event.first, event.digests))
+                self._handle(adm.Received(event.grant_id, event.first, event.digests))
             case events.ReceiveFailed():
-                self._handle(ReceiveFailed(event.grant_id, event.reason))
+                self._handle(adm.ReceiveFailed(event.grant_id, event.reason))
             case events.GrantClosed():
-                self._handle(Closed(event.grant_id))
+                self._handle(adm.Closed(event.grant_id))
             case events.MessageRefused():
                 log.debug("refused by the transfer: %s", event)  # which counts them
             case _:
@@ -187,7 +178,7 @@ class DecodeWorker:
             step = self._engine.run(batch) if batch.rows else None
             if news:  # told while the engine computes the next step
                 self._publish(news, output)
-                self._handle(Tick())  # finished sequences made room for grants
+                self._handle(adm.Tick())  # finished sequences made room for grants
             if step is not None:
                 output = await step
                 self._note(batch, output, time.monotonic() - began)
@@ -234,7 +225,7 @@ class DecodeWorker:
         while True:
             await asyncio.sleep(TICK)
             self._expire(time.monotonic())
-            self._handle(Tick())
+            self._handle(adm.Tick())
 
     def _expire(self, now: float) -> None:
         for request_id in self._residents.expired(now):
@@ -258,34 +249,44 @@ class DecodeWorker:
             if isinstance(message, GrantRequest | Handoff | Revoke):
                 if isinstance(message, GrantRequest):
                     self._engine.expect(message.sampling)
-                self._handle(FromPeer(peer, message))
+                self._handle(adm.FromPeer(peer, message))
             else:
                 log.warning("unexpected %s from prefill", type(message).__name__)
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: adm.Event) -> None:
         for action in self._admission.handle(event, time.monotonic()):
             self._do(action)
         self._wake.set()  # a sequence may have come, or room for a preempted one
 
-    def _do(self, action: Action) -> None:
+    def _do(self, action: adm.Action) -> None:
         match action:
-            case Reply():
+            case adm.Reply():
                 self._peers.send(action.peer, action.message)
-            case OpenReceive():
+            case adm.OpenReceive():
                 self._transfer.open_grant(action.grant_id, action.blocks, action.sender)
-            case CloseReceive():
+            case adm.LoadBlocks():
+                self._load(action)
+            case adm.CloseReceive():
                 self._transfer.close_grant(action.grant_id)
-            case Admit():
+            case adm.Admit():
                 now = time.monotonic()
                 resident = Resident(action.router_id, action.deadline, now, action.waited)
                 self._residents.add(action.sequence.request_id, resident)
                 self._scheduler.add(action.sequence)
-            case Abandon():
+            case adm.Abandon():
                 self._drop(action.request_id)
-            case Report():
+            case adm.Report():
                 self._send(action.router_id, action.message)
             case _:
                 assert_never(action)
+
+    def _load(self, action: adm.LoadBlocks) -> None:
+        assert self._tiers is not None, "no block of a grant was to come from a tier"
+        self._tiers.load(
+            action.sequence,
+            action.count,
+            lambda num_blocks: self._handle(adm.Loaded(action.grant_id, num_blocks)),
+        )
 
 
 def _first_token(

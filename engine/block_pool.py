@@ -130,6 +130,31 @@ class BlockPool:
         self.prefix_hits += sequence.num_computed
         return True
 
+    def adopt(self, sequence: Sequence) -> None:
+        """Put blocks that were named since the sequence got its own in the place of its next ones.
+
+        They count as computed, and as found in the cache unless its KV has existed before.
+        """
+        first = end = sequence.num_computed // self.block_size
+        found: list[int] = []
+        while end < sequence.num_cacheable // self.block_size:
+            block = self._block_by_hash.get(sequence.block_hashes[end])
+            if block is None:
+                break
+            found.append(block)
+            end += 1
+        if not found:
+            return
+        table = sequence.block_table
+        self.hold(found)
+        self.release(table[first:end])
+        sequence.block_table = [*table[:first], *found, *table[end:]]
+        num_found = end * self.block_size - sequence.num_computed
+        sequence.num_computed += num_found
+        self.prefix_hits += num_found
+        if not sequence.recomputed:
+            sequence.num_cached += num_found
+
     def extend_hashes(self, sequence: Sequence) -> None:
         """Name every block that the sequence's known tokens fill."""
         hashes = sequence.block_hashes

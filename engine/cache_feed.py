@@ -1,30 +1,47 @@
-"""What one router is told of the blocks that a worker's pool can find: a snapshot, then changes.
+"""What one router is told of the blocks that a worker holds: a snapshot, then changes.
 
 A block goes by the first ``KEY_BYTES`` of its hash. Messages are numbered; number 0 begins a
-snapshot, so whoever misses one asks for another and is right again. Memory is bounded by the pool:
-a block that comes and goes between two messages is one change, and where more has changed than
-the pool holds a snapshot is shorter.
+snapshot, so whoever misses one asks for another and is right again. Memory is bounded by what the
+worker can hold: a block that comes and goes between two messages is one change, and where more
+has changed a snapshot is shorter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
+from typing import Protocol
 
-from engine.block_pool import BlockPool
+from engine.block_pool import BlockListener
 from protocol.hashing import KEY_BYTES
 from protocol.messages import CacheChanges
 
 MAX_CHANGES = 1 << 16  # of a message: 512 KiB
 
 
-class CacheFeed:
-    """A listener of ``pool`` for one router."""
+class BlockSource(Protocol):
+    """A block pool, or one together with the tiers below it."""
 
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
+    listeners: list[BlockListener]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it can hold."""
+        ...
+
+    def findable(self) -> Iterable[bytes]:
+        """The names of those that it holds."""
+        ...
+
+
+class CacheFeed:
+    """A listener of ``source`` for one router."""
+
+    def __init__(self, source: BlockSource) -> None:
+        self._source = source
         self._findable: dict[bytes, bool] = {}  # what has changed since the router was told, by key
         self._number = 0  # of the next message
-        pool.listeners.append(self)
+        source.listeners.append(self)
 
     def stored(self, block_hash: bytes, _: int) -> None:
         """See ``engine.block_pool.BlockListener``."""
@@ -37,7 +54,7 @@ class CacheFeed:
     def restart(self) -> None:
         """The router knows nothing: go on with a snapshot."""
         self._number = 0
-        self._findable = {name[:KEY_BYTES]: True for name in self._pool.findable()}
+        self._findable = {name[:KEY_BYTES]: True for name in self._source.findable()}
 
     def take(self) -> CacheChanges | None:
         """The next message, or None when the router knows everything."""
@@ -56,5 +73,5 @@ class CacheFeed:
 
     def _change(self, block_hash: bytes, *, findable: bool) -> None:
         self._findable[block_hash[:KEY_BYTES]] = findable
-        if len(self._findable) > 2 * self._pool.num_blocks:
+        if len(self._findable) > 2 * self._source.num_blocks:
             self.restart()

@@ -36,7 +36,7 @@ from kernels.cpu.memory import private_zeros
 from kernels.linear import Weight
 from kernels.shared_memory import shared_zeros
 from protocol.errors import ConfigError
-from protocol.geometry import Fingerprint, KVDtype, KVGeometry
+from protocol.geometry import Fingerprint, KVDtype, KVGeometry, WireQuantization
 from protocol.sampling import Grammar
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class EngineConfig:
     num_blocks: int | None = None  # None: what the memory options give
     kv_cache_memory: float = 1.0  # GiB, on a CPU
     shared_kv: bool = False  # other processes of the host may map it: no huge pages, on a CPU
+    wire_quantization: WireQuantization = "none"  # of KV between workers: all must agree
     gpu_memory_utilization: float = 0.9  # share of the GPU for weights, KV and workspace
     max_num_seqs: int = 64  # rows of the largest step, for which a GPU keeps memory free
     max_num_batched_tokens: int = 512  # prompt tokens of that step
@@ -142,7 +143,10 @@ class Engine:
         return cls(
             model_config,
             Fingerprint(
-                weights_digest=digest, rope=canonical_text(model_config.rope), geometry=geometry
+                weights_digest=digest,
+                rope=canonical_text(model_config.rope),
+                geometry=geometry,
+                wire_quantization=config.wire_quantization,
             ),
             max_model_len,
             arena[:num_blocks].view(num_blocks, -1),

@@ -33,6 +33,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, as far as known
     cache_salt: str = ""  # of the hashes
+    priority: int = 0  # the lower, the earlier
     num_computed: int = 0
     num_cached: int = 0  # tokens found in the prefix cache when its blocks were reserved
     arrival: int = 0  # order of admission on this worker
@@ -56,7 +57,13 @@ class Sequence:
             request.num_prompt_tokens,
             request.sampling,
             cache_salt=request.cache_salt,
+            priority=request.priority,
         )
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """By which a scheduler orders what waits: the smallest is the next."""
+        return self.priority, self.arrival
 
     @property
     def num_tokens(self) -> int:

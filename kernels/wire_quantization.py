@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from kernels.backend import use_triton
-from kernels.digest import digest_blocks
+from kernels.cpu import library
+from kernels.cpu.wire_quantization import dequantize_blocks_native, quantize_blocks_native
+from kernels.digest import checked_ids, digest_blocks
 
 Format = Literal["int8", "e4m3"]
 
@@ -52,6 +54,16 @@ class PackedLayout:
                 "quantised blocks need a block_size and a head_dim that are multiples of 8, got "
                 f"{self.block_size} and {self.head_dim}"
             )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(num_tiles, block_size, head_dim)."""
+        return (self.num_tiles, self.block_size, self.head_dim)
+
+    @property
+    def num_elements(self) -> int:
+        """Of a row."""
+        return self.num_tiles * self.block_size * self.head_dim
 
     @property
     def payload_bytes(self) -> int:
@@ -81,6 +93,10 @@ def quantize_blocks(
         from kernels.gpu.wire_quantization import quantize_blocks_triton
 
         return quantize_blocks_triton(rows, block_ids, layout, out)
+    native = library.load()
+    if native is not None:
+        ids, e4m3_keys = checked_ids(block_ids, len(rows)), layout.keys == "e4m3"
+        return quantize_blocks_native(native, rows, ids, layout.shape, out, e4m3_keys=e4m3_keys)
     return quantize_blocks_torch(rows, block_ids, layout, out)
 
 
@@ -96,6 +112,12 @@ def dequantize_blocks(
         from kernels.gpu.wire_quantization import dequantize_blocks_triton
 
         return dequantize_blocks_triton(packed, block_ids, layout, rows)
+    native = library.load()
+    if native is not None:
+        ids, e4m3_keys = checked_ids(block_ids, len(rows)), layout.keys == "e4m3"
+        return dequantize_blocks_native(
+            native, packed, ids, layout.shape, rows, e4m3_keys=e4m3_keys
+        )
     return dequantize_blocks_torch(packed, block_ids, layout, rows)
 
 

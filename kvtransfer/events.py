@@ -38,7 +38,7 @@ class BlocksSent:
     """The batch that began at ``first`` is sent: its source blocks may be used again.
 
     That they have arrived is the receiver's to say. ``digests`` has one entry for each block of
-    the batch, of what the arena held.
+    the batch, of the bytes that travelled.
     """
 
     grant_id: int

@@ -8,7 +8,7 @@ each position. A message that no grant covers is taken off the wire unread and c
     out_of_range    positions past the grant's end, or none at all
     wrong_length    bytes that are not the rows of its positions
     duplicate       a position that has been received, or is being received
-    not_adjacent    scattered blocks that do not fit a staging slot
+    not_adjacent    scattered blocks, or quantised ones, that do not fit a staging slot
 
 A message stays unclaimed on the wire while ``max_in_flight`` others are under way: that is the
 back-pressure. What one sender has under way is less than what is left free, of messages and of
@@ -41,7 +41,7 @@ from kvtransfer.events import (
     TransferEvent,
 )
 from kvtransfer.transport import AnyTransport, Buffer, Message, Operation, Rows
-from kvtransfer.wire import Tag, is_run
+from kvtransfer.wire import Tag
 
 
 @dataclass(slots=True)
@@ -70,6 +70,7 @@ class _Receiving:
     tag: Tag
     blocks: Sequence[int]  # destination
     slot: int | None  # staging slot it lands in
+    num_bytes: int
     began: float
 
 
@@ -214,13 +215,14 @@ class Receiver:
         positions = range(tag.first, tag.first + tag.count)
         if not positions or positions.stop > len(grant.blocks):
             return "out_of_range"
-        if message.length != tag.count * self._arena.row_bytes:
+        row_bytes = self._arena.row_bytes if message.in_place else self._arena.wire_bytes
+        if message.length != tag.count * row_bytes:
             return "wrong_length"
         if not grant.taken.isdisjoint(positions):
             return "duplicate"
         blocks = grant.blocks[tag.first : positions.stop]
-        must_be_run = tag.count > self._staging.rows_per_slot and not message.in_place
-        if must_be_run and not is_run(blocks):
+        no_slot = tag.count > self._staging.rows_per_slot and not message.in_place
+        if no_slot and not self._arena.is_straight(blocks):
             return "not_adjacent"
         return None
 
@@ -231,7 +233,7 @@ class Receiver:
         buffer: Buffer | Rows
         if message.in_place:
             buffer = Rows(self._arena.bytes, blocks)
-        elif is_run(blocks):
+        elif self._arena.is_straight(blocks):
             buffer = self._arena.run(blocks)
         elif grant.sender.slots < self._staging.num_free:
             slot = self._staging.acquire()
@@ -242,7 +244,8 @@ class Receiver:
         grant.under_way += 1
         grant.sender.under_way += 1
         operation = self._transport.receive(message, buffer)
-        self._receiving.append(_Receiving(operation, tag, blocks, slot, self._clock()))
+        began = self._clock()
+        self._receiving.append(_Receiving(operation, tag, blocks, slot, message.length, began))
         return True
 
     def _land(self) -> bool:
@@ -252,7 +255,7 @@ class Receiver:
         receiving = self._landed.popleft()
         tag, grant = receiving.tag, self._grants[receiving.tag.grant_id]
         self._counters.messages_received += 1
-        self._counters.bytes_received += tag.count * self._arena.row_bytes
+        self._counters.bytes_received += receiving.num_bytes
         if not grant.closing:
             digests = receiving.operation.digests
             if receiving.slot is not None:

@@ -29,7 +29,7 @@ from kvtransfer.transport import (
     Rows,
     TransportError,
 )
-from kvtransfer.wire import Piece, Tag, cut, cut_in_place, is_run
+from kvtransfer.wire import Piece, Tag, cut, cut_evenly
 
 
 @dataclass(slots=True)
@@ -117,11 +117,13 @@ class Sender:
                 self._report(SendFailed(grant_id, first, str(error)))
                 return
             link = self._links[address] = _Link(address, connection, self._clock())
-        row_bytes = self._arena.row_bytes
+        arena, config = self._arena, self._config
         if link.connection.in_place:
-            pieces = cut_in_place(first, source, row_bytes, self._config)
+            pieces = cut_evenly(first, source, arena.row_bytes, config.message_bytes)
+        elif arena.layout is not None:
+            pieces = cut_evenly(first, source, arena.wire_bytes, config.staging_bytes)
         else:
-            pieces = cut(first, source, destination, row_bytes, self._config)
+            pieces = cut(first, source, destination, arena.row_bytes, config)
         link.batches.append(_Batch(grant_id, first, deque(pieces), len(pieces)))
 
     def disconnect(self, address: bytes, reason: str) -> None:
@@ -182,11 +184,12 @@ class Sender:
 
     def _begin(self, link: _Link, batch: _Batch, piece: Piece) -> bool:
         """Send one message, unless it needs a staging slot and none is free for this link."""
-        count, slot = len(piece.source), None
+        count, slot, in_place = len(piece.source), None, link.connection.in_place
+        num_bytes = count * (self._arena.row_bytes if in_place else self._arena.wire_bytes)
         buffer: Buffer | Rows
-        if link.connection.in_place:
+        if in_place:
             buffer = Rows(self._arena.bytes, piece.source)
-        elif is_run(piece.source):
+        elif self._arena.is_straight(piece.source):
             buffer = self._arena.run(piece.source)
         else:
             held = sum(sending.slot is not None for sending in link.sending)
@@ -203,7 +206,7 @@ class Sender:
                 self._staging.release(slot)
             self._fail(link, str(error))
             return False
-        link.sending.append(_Sending(operation, batch, count * self._arena.row_bytes, slot))
+        link.sending.append(_Sending(operation, batch, num_bytes, slot))
         if slot is None:
             batch.undigested.append(piece)
         return True

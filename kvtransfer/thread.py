@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import torch
 
+from kernels.wire_quantization import PackedLayout
 from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
 from kvtransfer.events import Counters, Died, TransferEvent
@@ -39,6 +40,9 @@ NAP = 1.0  # seconds of sleep at most; the stall clocks are looked at this often
 class TransferThread:
     """Moves blocks of ``rows [num_blocks, row_elements]`` to and from other workers.
 
+    With a ``layout``, which both ends must have, they travel in 8 bits, except where the peer
+    copies them from mapped memory.
+
     Every method may be called from any thread. After ``Died`` or ``stop``, calls do nothing.
     """
 
@@ -48,8 +52,9 @@ class TransferThread:
         transport_factory: TransportFactory,
         on_event: Callable[[TransferEvent], None],
         config: TransferConfig | None = None,
+        layout: PackedLayout | None = None,
     ) -> None:
-        self._arena = Arena(rows)
+        self._arena = Arena(rows, layout)
         self._factory = transport_factory
         self._on_event = on_event
         self._config = config or TransferConfig()

@@ -5,8 +5,8 @@ A message says itself what it is. Its tag is ``grant_id (32 bits) | first positi
 
 Blocks that lie side by side at **both** ends travel straight between the arenas. Others do so one
 by one when their rows are large; small rows would make thousands of messages that way, so they are
-packed into a staging buffer's worth. Where the peer copies rows from where they lie, none of that
-matters.
+packed into a staging buffer's worth. Where every block is packed, or the peer copies rows from
+where they lie, only the length of a message matters.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def cut(
     return pieces
 
 
-def cut_in_place(
-    first: int, source: Sequence[int], row_bytes: int, config: TransferConfig
+def cut_evenly(
+    first: int, source: Sequence[int], row_bytes: int, message_bytes: int
 ) -> list[Piece]:
-    """``cut`` for a connection that takes rows wherever they lie."""
-    most = _rows_of(config.message_bytes, row_bytes)
+    """``cut`` into messages that take blocks wherever they lie."""
+    most = _rows_of(message_bytes, row_bytes)
     return [Piece(first + i, source[i : i + most]) for i in range(0, len(source), most)]
 
 

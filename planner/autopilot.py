@@ -8,8 +8,9 @@ simulation, so that queues and percentiles count:
     misses    every quarter of a minute, over the last one, only while deadlines are being missed:
               one worker at a time
 
-Roles come first, since a role changes in seconds; workers are added or removed only when no ratio
-of the present ones would do, or when fewer would. Nothing here reads a clock or does I/O.
+Roles come first, since a role changes in seconds. Where no ratio keeps the SLO, decode may compute
+prompts of its own up to a length, which takes no time to change. Workers are added or removed only
+when neither would do, or when fewer would. Nothing here reads a clock or does I/O.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ from planner.outcome import Slo
 from planner.placement import Placement
 from planner.profile import WorkerProfile
 from planner.simulator import simulate
-from planner.workload import Request, at_rate, rate_of
+from planner.workload import Request, at_rate, prompt_lengths, rate_of
 from protocol.errors import ConfigError
 
 MOST = 600  # requests of one simulation
 NEAR = 3  # workers that a forecast moves between the pools at most
-CALM = 5  # cool-downs before a change may be taken back
+CALM = 10  # cool-downs before a change may be taken back
+CLOSE = 0.8  # share of the SLO's attainment below which nothing comes near it
 
 
 def predictor(profile: WorkerProfile, limits: Placement, slo: Slo) -> Predict:
     """Predictions by simulation; the pools of ``limits`` are replaced."""
 
     def predict(requests: Sequence[Request], pools: Pools) -> float:
-        placement = limits.with_pools(pools.prefill, pools.decode)
+        local = pools.local_prefill_tokens or 0
+        placement = limits.with_pools(pools.prefill, pools.decode, local)
         return simulate(requests, placement, profile).attainment(slo)
 
     return predict
@@ -60,9 +63,10 @@ def decide(
     elif now >= state.react_due and _misses(seen, limits):
         state = replace(state, react_due=now + limits.react_every)
         decision = _react(seen, state, now, limits, predict)
-    if decision is None or _takes_back(decision, state, limits):
+    if decision is None:
         return state, None
-    direction = _direction(decision) or state.direction
+    turned = _direction(decision)
+    direction = turned[0] or state.direction[0], turned[1] or state.direction[1]
     unjudged = (*state.unjudged, decision)
     return replace(state, changed=now, direction=direction, unjudged=unjudged), decision
 
@@ -88,7 +92,7 @@ def _idle(seen: Observation, now: float, limits: Limits) -> Decision | None:
     if limits.workers is None or seen.pools.num_workers <= limits.workers[0]:
         return None
     prefill = max(1, limits.workers[0] // 2)
-    wanted = Pools(prefill, limits.workers[0] - prefill)
+    wanted = replace(seen.pools, prefill=prefill, decode=limits.workers[0] - prefill)
     reason = f"no request in {limits.cool_down:g} s: the fewest workers will do"
     return Decision(now, "idle", seen.pools, wanted, reason, None)
 
@@ -99,51 +103,52 @@ def _forecast(
     """The best pools for the window's busiest part, coming faster by the slack."""
     requests = _requests(seen.rows)
     present, faster = seen.pools, _faster(requests, limits.slack)
-    shares = {pools: predict(faster, pools) for pools in _ratios(present, NEAR)}
+    shares = _shares(faster, _ratios(present, NEAR), present, limits, predict)
     good = [pools.prefill for pools, share in shares.items() if share >= limits.slo.attainment]
     state = replace(state, allowed=range(min(good), max(good) + 1) if good else None)
-    best = max(shares, key=lambda pools: (shares[pools], -_distance(pools, present)))
-    if limits.workers is not None:
-        other = _other_number(requests, best, limits.workers, limits, predict)
-        if other is not None:
-            wanted, share, reason = other
-            return state, Decision(now, "workers", present, wanted, reason, share)
-    if shares[best] - shares[present] < limits.margin:
+    best = _best(shares, present)
+    if shares[best] - shares[present] >= _margin(shares[best], limits):
+        reason = f"at {1 / limits.slack:.2f} times the rate of the last {limits.window:g} s, "
+        reason += f"{shares[present]:.1%} within the SLO at {present}, {shares[best]:.1%} at {best}"
+        change = Decision(now, "forecast", present, best, reason, shares[best])
+        if not _takes_back(change, state, limits):
+            return state, change
+    if limits.workers is None:
         return state, None
-    reason = f"at {1 / limits.slack:.2f} times the rate of the last {limits.window:g} s, "
-    reason += f"{shares[present]:.1%} within the SLO at {present}, {shares[best]:.1%} at {best}"
-    return state, Decision(now, "forecast", present, best, reason, shares[best])
+    return state, _other_number(requests, present, limits.workers, now, limits, predict)
 
 
 def _other_number(
     requests: Sequence[Request],
-    best: Pools,
+    present: Pools,
     workers: tuple[int, int],
+    now: float,
     limits: Limits,
     predict: Predict,
-) -> tuple[Pools, float, str] | None:
-    """One worker more when no ratio of the present ones does, one fewer when that does too.
+) -> Decision | None:
+    """One worker more when the present ones do not keep the SLO, one fewer when that does too.
 
     Fewer workers must keep the SLO at a higher rate, so that they are not added again at once.
     """
-    (fewest, most), target = workers, limits.slo.attainment
-    if predict(requests, best) < target:
-        if best.num_workers >= most:
+    (fewest, most), number, target = workers, present.num_workers, limits.slo.attainment
+    if predict(requests, present) < target:
+        if number >= most:
             return None
-        more = Pools(best.prefill + 1, best.decode), Pools(best.prefill, best.decode + 1)
-        shares = {pools: predict(requests, pools) for pools in more}
-        wanted = max(shares, key=lambda pools: shares[pools])
-        return wanted, shares[wanted], f"no ratio of {best.num_workers} workers keeps the SLO"
-    if best.num_workers <= fewest:
+        step, reason = 1, f"{number} workers do not keep the SLO, in whichever roles"
+    elif number > fewest:
+        step, reason = -1, f"fewer keep the SLO at {1 / limits.slack:.2f} times the rate"
+        requests = _faster(requests, limits.slack)
+    else:
         return None
-    faster = _faster(requests, limits.slack)
-    fewer = Pools(best.prefill - 1, best.decode), Pools(best.prefill, best.decode - 1)
-    shares = {pools: predict(faster, pools) for pools in fewer if min(pools.prefill, pools.decode)}
+    other = (
+        replace(present, prefill=present.prefill + step),
+        replace(present, decode=present.decode + step),
+    )
+    shares = {pools: predict(requests, pools) for pools in other if pools.prefill and pools.decode}
     wanted = max(shares, key=lambda pools: shares[pools])
-    if shares[wanted] < target:
+    if step < 0 and shares[wanted] < target:
         return None
-    reason = f"{wanted} keeps the SLO at {1 / limits.slack:.2f} times the rate"
-    return wanted, shares[wanted], reason
+    return Decision(now, "workers", present, wanted, reason, shares[wanted])
 
 
 def _misses(seen: Observation, limits: Limits) -> bool:
@@ -155,7 +160,7 @@ def _misses(seen: Observation, limits: Limits) -> bool:
 def _react(
     seen: Observation, state: State, now: float, limits: Limits, predict: Predict
 ) -> Decision | None:
-    """One worker to the other pool, within what the forecast allows."""
+    """One worker to the other pool, within what the forecast allows, or other prompts on decode."""
     requests = _requests(_since(seen.rows, limits, limits.recent))
     if not requests:
         return None
@@ -165,20 +170,58 @@ def _react(
         for pools in _ratios(present, 1)
         if pools == present or allowed is None or pools.prefill in allowed
     ]
-    shares = {pools: predict(requests, pools) for pools in near}
-    best = max(shares, key=lambda pools: (shares[pools], pools == present))
-    if shares[best] - shares[present] < limits.margin:
+    shares = _shares(requests, near, present, limits, predict)
+    best = _best(shares, present)
+    if shares[best] - shares[present] < _margin(shares[best], limits):
         return None
     reason = f"deadlines are being missed: for the last {limits.recent:g} s {shares[present]:.1%}"
     reason += f" within the SLO at {present}, {shares[best]:.1%} at {best}, simulated"
-    return Decision(now, "misses", present, best, reason, shares[best])
+    change = Decision(now, "misses", present, best, reason, shares[best])
+    return None if _takes_back(change, state, limits) else change
 
 
 def _ratios(present: Pools, near: int) -> list[Pools]:
     """Ratios of as many workers, at most ``near`` moved, no pool empty."""
     number = present.num_workers
     first, last = max(1, present.prefill - near), min(number - 1, present.prefill + near)
-    return [Pools(prefill, number - prefill) for prefill in range(first, last + 1)]
+    return [
+        replace(present, prefill=prefill, decode=number - prefill)
+        for prefill in range(first, last + 1)
+    ]
+
+
+def _shares(
+    requests: Sequence[Request],
+    ratios: Sequence[Pools],
+    present: Pools,
+    limits: Limits,
+    predict: Predict,
+) -> dict[Pools, float]:
+    """Of each ratio; where none keeps the SLO, also of the best with other prompts on decode."""
+    shares = {pools: predict(requests, pools) for pools in ratios}
+    best = _best(shares, present)
+    if shares[best] < limits.slo.attainment and present.local_prefill_tokens is not None:
+        for tokens in prompt_lengths(requests):
+            pools = replace(best, local_prefill_tokens=tokens)
+            shares[pools] = predict(requests, pools)
+    return shares
+
+
+def _best(shares: dict[Pools, float], present: Pools) -> Pools:
+    """The highest share; of equal ones the least change."""
+    return max(
+        shares,
+        key=lambda pools: (
+            shares[pools],
+            -abs(pools.prefill - present.prefill),
+            pools.local_prefill_tokens == present.local_prefill_tokens,
+        ),
+    )
+
+
+def _margin(best: float, limits: Limits) -> float:
+    """What a change must gain. Where nothing helps much, shares vary more than pools differ."""
+    return limits.margin if best >= CLOSE * limits.slo.attainment else limits.far_margin
 
 
 def _since(rows: Sequence[Row], limits: Limits, seconds: float) -> list[Row]:
@@ -206,17 +249,21 @@ def _faster(requests: Sequence[Request], slack: float) -> list[Request]:
 
 def _takes_back(decision: Decision, state: State, limits: Limits) -> bool:
     """Whether it undoes the last change of roles too soon after it."""
-    if state.changed is None or decision.kind not in ("forecast", "misses"):
+    if state.changed is None:
         return False
     soon = decision.at < state.changed + CALM * limits.cool_down
-    return soon and _direction(decision) == -state.direction
+    turned = zip(_direction(decision), state.direction, strict=True)
+    return soon and any(now * last < 0 for now, last in turned)
 
 
-def _direction(decision: Decision) -> int:
-    if decision.wanted.num_workers != decision.present.num_workers:
-        return 0
-    return 1 if decision.wanted.prefill > decision.present.prefill else -1
+def _direction(decision: Decision) -> tuple[int, int]:
+    """1 for more, -1 for fewer: prefill workers, tokens of decode's longest prompt."""
+    wanted, present = decision.wanted, decision.present
+    if wanted.num_workers != present.num_workers:
+        return 0, 0
+    tokens = wanted.local_prefill_tokens or 0, present.local_prefill_tokens or 0
+    return _sign(wanted.prefill - present.prefill), _sign(tokens[0] - tokens[1])
 
 
-def _distance(a: Pools, b: Pools) -> int:
-    return abs(a.prefill - b.prefill)
+def _sign(number: int) -> int:
+    return (number > 0) - (number < 0)

@@ -14,10 +14,14 @@ from protocol.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """How many workers serve in each role."""
+    """How many workers serve in each role, and the longest prompt that decode computes itself.
+
+    The latter is None where it is not to be changed: the router leaves all prompts to prefill.
+    """
 
     prefill: int
     decode: int
+    local_prefill_tokens: int | None = None
 
     @property
     def num_workers(self) -> int:
@@ -25,7 +29,9 @@ class Pools:
         return self.prefill + self.decode
 
     def __str__(self) -> str:
-        return f"{self.prefill}P{self.decode}D"
+        local = self.local_prefill_tokens
+        own = f" with prompts of up to {local} tokens on decode" if local else ""
+        return f"{self.prefill}P{self.decode}D{own}"
 
 
 Predict = Callable[[Sequence[Request], Pools], float]  # the share of requests within the SLO
@@ -45,7 +51,8 @@ class Limits:
     forecast_every: float = 60.0
     react_every: float = 15.0  # while deadlines are missed
     cool_down: float = 60.0  # between two changes
-    margin: float = 0.02  # of attainment that a change of roles must promise
+    margin: float = 0.02  # of attainment that a change without new workers must promise
+    far_margin: float = 0.1  # the same while nothing comes near the SLO
     slack: float = 0.8  # share of what pools carry that a forecast lets the load be
     workers: tuple[int, int] | None = None  # the fewest, the most
 
@@ -93,11 +100,12 @@ class State:
     forecast_due: float
     react_due: float = 0.0
     changed: float | None = None
-    direction: int = 0  # of the last change of roles: 1 towards prefill, -1 towards decode
+    direction: tuple[int, int] = (0, 0)  # of the last change of roles, of the longest prompt's
     allowed: range | None = None  # prefill workers of the ratios that the forecast finds good
     unjudged: tuple[Decision, ...] = ()
 
     @classmethod
     def at_start(cls, now: float, limits: Limits) -> State:
-        """Nothing known: the first forecast waits for a cool-down."""
-        return cls(forecast_due=now + limits.cool_down)
+        """Nothing known: the first forecast waits for a cool-down, reactions wait for it."""
+        due = now + limits.cool_down
+        return cls(forecast_due=due, react_due=due)

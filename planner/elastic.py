@@ -14,8 +14,9 @@ from planner.autopilot import decide, judge
 from planner.autopilot_terms import Decision, Limits, Observation, Pools, Predict, State
 from planner.job import Job
 from planner.observed import Row
+from planner.placement import Placement
 from planner.profile import WorkerProfile
-from planner.routing import LONG_PROMPT
+from planner.routing import LONG_PROMPT, Workers, is_short
 from protocol.messages import Role
 
 LOOK_EVERY = 5.0  # seconds
@@ -23,22 +24,23 @@ FLIP_SECONDS = 2.0  # from the end of a worker's drain to its new role
 
 
 class ElasticRoute:
-    """Fewest prompt tokens queued, fewest sequences held, among the workers of the role.
+    """The rules of ``planner.routing.LeastLoaded`` among the workers of the role.
 
     To be used with ``simulate(..., elastic=True)``. It looks at the pools when a request comes:
     ``decisions`` are those that it carried out, ``judged`` the same with what came of them.
     """
 
     def __init__(
-        self, pools: Pools, profile: WorkerProfile, limits: Limits, predict: Predict
+        self, placement: Placement, profile: WorkerProfile, limits: Limits, predict: Predict
     ) -> None:
-        roles: list[Role] = ["prefill"] * pools.prefill
-        self._roles = [*roles, *(["decode"] * pools.decode)]
+        roles: list[Role] = ["prefill"] * placement.prefill
+        self._roles = [*roles, *(["decode"] * placement.decode)]
+        self._placement = placement
         self._next: dict[int, Role] = {}  # workers that drain, and what they become
-        self._ready = [0.0] * pools.num_workers
-        self._queued = [0] * pools.num_workers  # prompt tokens
-        self._held = [0] * pools.num_workers  # sequences, in either role
-        self._pairs: dict[int, tuple[int, int]] = {}
+        self._ready = [0.0] * placement.num_workers
+        self._queued = [0] * placement.num_workers  # prompt tokens, in either role
+        self._held = [0] * placement.num_workers  # sequences, in either role
+        self._workers: dict[int, Workers] = {}
         self._limits, self._predict = limits, predict
         self._seconds = profile.latency.step_seconds(LONG_PROMPT, LONG_PROMPT**2, 0, 0)
         self._state = State.at_start(0.0, limits)
@@ -50,30 +52,33 @@ class ElasticRoute:
     def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
         """See ``Route``. Caches play no part."""
 
-    def choose(self, job: Job) -> tuple[int, int]:
+    def choose(self, job: Job) -> Workers:
         """See ``Route``."""
         now = job.request.arrival
         if now >= self._look_due:
             self._look_due = now + LOOK_EVERY
             self._look(now)
-        prefill = min(self._serving("prefill", now), key=self._queued.__getitem__)
         decode = min(self._serving("decode", now), key=self._held.__getitem__)
-        self._pairs[job.number] = prefill, decode
-        self._queued[prefill] += job.request.prompt_tokens
-        self._held[prefill] += 1
+        prefill = None
+        if not is_short(job.request, self._placement, self._held[decode], self._queued[decode]):
+            prefill = min(self._serving("prefill", now), key=self._queued.__getitem__)
+            self._held[prefill] += 1
+        self._workers[job.number] = prefill, decode
         self._held[decode] += 1
+        self._queued[decode if prefill is None else prefill] += job.request.prompt_tokens
         return prefill, decode
 
     def prefilled(self, job: Job) -> None:
         """See ``Route``."""
-        prefill = self._pairs[job.number][0]
-        self._queued[prefill] -= job.request.prompt_tokens
-        self._held[prefill] -= 1
-        self._drained(prefill, job.first_token)
+        prefill, decode = self._workers[job.number]
+        self._queued[decode if prefill is None else prefill] -= job.request.prompt_tokens
+        if prefill is not None:
+            self._held[prefill] -= 1
+            self._drained(prefill, job.first_token)
 
     def ended(self, job: Job) -> None:
         """See ``Route``."""
-        decode = self._pairs.pop(job.number)[1]
+        decode = self._workers.pop(job.number)[1]
         self._held[decode] -= 1
         self._drained(decode, job.last_token)
         request, others = job.request, job.request.output_tokens - 1
@@ -101,10 +106,14 @@ class ElasticRoute:
             self._ended.popleft()
         rows = (row._replace(arrival=row.arrival - begin) for row in self._ended)
         seen = Observation(
-            Pools(self._roles.count("prefill"), self._roles.count("decode")),
+            Pools(
+                self._roles.count("prefill"),
+                self._roles.count("decode"),
+                self._placement.local_prefill_tokens,
+            ),
             sorted((row for row in rows if row.arrival >= 0), key=lambda row: row.arrival),
             wait=self._wait(now),
-            num_open=len(self._pairs),
+            num_open=len(self._workers),
             changing=bool(self._next) or max(self._ready) > now,
         )
         self._state, judged = judge(seen, self._state, now, self._limits)
@@ -120,6 +129,10 @@ class ElasticRoute:
 
     def _change(self, decision: Decision, now: float) -> None:
         """The least loaded workers of the pool that shrinks change."""
+        wanted = decision.wanted
+        self._placement = self._placement.with_pools(
+            wanted.prefill, wanted.decode, wanted.local_prefill_tokens
+        )
         more = decision.wanted.prefill - decision.present.prefill
         source: Role = "decode" if more > 0 else "prefill"
         target: Role = "prefill" if more > 0 else "decode"

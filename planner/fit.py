@@ -49,10 +49,13 @@ def fit_latency(samples: Sequence[StepSample]) -> LinearLatency:
     )
 
 
-def observed_profile(workers: Sequence[dict[str, Any]], link: Link = USUAL_LINK) -> WorkerProfile:
+def observed_profile(
+    workers: Sequence[dict[str, Any]], overhead: float = 0.0, link: Link = USUAL_LINK
+) -> WorkerProfile:
     """What running workers tell of themselves: rows of ``GET /admin/workers``, taken as alike.
 
-    The link is not measured. Raises ConfigError while too few steps have been timed.
+    ``overhead`` is what ``planner.observed.overhead_of`` says. The link is not measured. Raises
+    ConfigError while too few steps have been timed.
     """
     if not workers:
         raise ConfigError("there is no worker to learn the latency model from")
@@ -71,6 +74,7 @@ def observed_profile(workers: Sequence[dict[str, Any]], link: Link = USUAL_LINK)
         kv_tokens=min(worker["load"]["total_blocks"] for worker in workers) * block_size,
         kv_bytes_per_token=max(1, workers[0]["block_bytes"] // block_size),
         link=link,
+        overhead=overhead,
     )
 
 

@@ -13,7 +13,9 @@ from protocol.sampling import SamplingParams
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on its way. ``kv`` is what decode runs: its own sequence, or prefill's itself."""
+    """One request on its way. ``kv`` is what decode runs: ``sequence`` itself where one worker
+    does both, else its own.
+    """
 
     number: int
     request: Request
@@ -24,23 +26,25 @@ class Job:
     first_token: float = 0.0
     last_token: float = 0.0
 
+    def hand_off(self) -> None:
+        """Two workers will have it."""
+        self.kv = _prompt(self.number, self.request, list(self.sequence.block_hashes))
 
-def new_job(number: int, request: Request, block_size: int, *, disaggregated: bool) -> Job:
+
+def new_job(number: int, request: Request, block_size: int) -> Job:
     """A job whose blocks are named as its prompt's prefix says. Token values play no part."""
-    names = block_names(number, request, block_size)
-    name = str(number)
+    prompt = _prompt(number, request, block_names(number, request, block_size))
+    return Job(number, request, prompt, prompt)
 
-    def sequence() -> Sequence:
-        return Sequence(
-            name,
-            [0] * request.prompt_tokens,
-            request.prompt_tokens,
-            _sampling(request.output_tokens),
-            block_hashes=list(names),
-        )
 
-    prompt = sequence()
-    return Job(number, request, prompt, sequence() if disaggregated else prompt)
+def _prompt(number: int, request: Request, names: list[bytes]) -> Sequence:
+    return Sequence(
+        str(number),
+        [0] * request.prompt_tokens,
+        request.prompt_tokens,
+        _sampling(request.output_tokens),
+        block_hashes=names,
+    )
 
 
 def warm(pool: BlockPool, job: Job) -> None:

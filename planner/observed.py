@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count, islice
-from statistics import mean
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 from planner.outcome import Outcome
@@ -29,6 +29,7 @@ class Row(NamedTuple):
     cached_tokens: int
     ttft: float | None
     tpot: float | None
+    overhead: float | None = None  # of the ttft: neither waiting for resources nor computing
 
 
 def requests_of(rows: Sequence[Row]) -> list[Request]:
@@ -52,6 +53,12 @@ def requests_of(rows: Sequence[Row]) -> list[Request]:
         )
         for row in rows
     ]
+
+
+def overhead_of(rows: Sequence[Row]) -> float:
+    """The usual overhead of a request, in seconds; 0 where none was told."""
+    told = [row.overhead for row in rows if row.overhead is not None]
+    return max(0.0, median(told)) if told else 0.0
 
 
 def outcome_of(rows: Sequence[Row]) -> Outcome:
@@ -78,10 +85,13 @@ def repeated(requests: Sequence[Request], num: int) -> list[Request]:
     return list(islice(rounds, num))
 
 
-def placement_of(workers: Sequence[dict[str, Any]], prompt_tokens: float) -> Placement:
+def placement_of(
+    workers: Sequence[dict[str, Any]], prompt_tokens: float, local_prefill_tokens: int = 0
+) -> Placement:
     """The pools that serve now, with their limits; without prefill workers decode is colocated.
 
     ``prompt_tokens`` is the mean length: KV blocks are enlarged where prompts have very many.
+    ``local_prefill_tokens`` is the longest prompt that decode computes itself.
     """
     loads = {
         role: [w["load"] for w in workers if w["role"] == role and w["state"] == "serving"]
@@ -99,4 +109,4 @@ def placement_of(workers: Sequence[dict[str, Any]], prompt_tokens: float) -> Pla
         max_num_seqs=decode[0]["max_num_seqs"],
         block_size=block_size,
     )
-    return limits.with_pools(len(prefill), len(decode))
+    return limits.with_pools(len(prefill), len(decode), local_prefill_tokens)

@@ -1,7 +1,8 @@
 """From an SLO, a workload and a number of workers to a pool ratio, or to no pools at all.
 
 The ratio is found by climbing: goodput has one hill over it (too few prefill workers queue
-prompts, too few decode workers fill batches). Then every token budget is tried at that ratio.
+prompts, too few decode workers fill batches). Then every token budget is tried at that ratio, and
+then how long prompts may be that decode computes itself (``router.disaggregation``).
 Colocated workers with chunked prefill, on the same latency model and with their own best budget,
 are the baseline; pools that do not clearly beat them are not worth their transfers.
 """
@@ -17,13 +18,13 @@ from planner.outcome import Slo
 from planner.placement import Placement
 from planner.profile import WorkerProfile
 from planner.simulator import simulate
-from planner.workload import Request, at_rate
+from planner.workload import Request, at_rate, prompt_lengths
 from protocol.errors import ConfigError
 
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)  # tokens of a step
 FIRST_BUDGET = 2048
 USUAL_LIMITS = Placement(colocated=1)
-MARGIN = 1.05  # by which pools must beat colocation
+MARGIN = 1.05  # by which pools must beat colocation, and prompts on decode none there
 MAP_FACTORS = (0.5, 1.0, 2.0)  # of both deadlines
 LONG_ENOUGH = 5  # a run's duration over the time of a median request
 
@@ -55,11 +56,16 @@ class MapCell:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run and why. ``ratios`` are the pool ratios tried, by prefill workers."""
+    """What to run and why.
+
+    ``ratios`` are the best pools among their neighbours, by prefill workers; ``variants`` have its
+    ratio, but another token budget or other prompts on decode.
+    """
 
     slo: Slo
     best: Option
     ratios: list[Option]
+    variants: list[Option]
     colocated: Option
     slo_map: list[MapCell]
     checked: float | None  # attainment of ``best`` at its goodput, in exact detail
@@ -78,8 +84,10 @@ class Plan:
         rate = f"{self.best.goodput:.2f} requests/s"
         budget = f"--max-num-batched-tokens {self.best.placement.max_num_batched_tokens}"
         if self.disaggregate:
+            local = self.best.placement.local_prefill_tokens
             head = f"Disaggregate: {self.best.placement.prefill} prefill and "
-            head += f"{self.best.placement.decode} decode workers, {budget}, carry {rate}"
+            head += f"{self.best.placement.decode} decode workers, {budget}"
+            head += f" and --local-prefill-tokens {local}, carry {rate}"
             if not self.colocated.goodput:
                 return head + "; colocated workers keep this SLO at no rate."
             gain = self.best.goodput / self.colocated.goodput
@@ -116,16 +124,19 @@ class Planner:
         """The best placement for ``slo`` and what surrounds it."""
         colocated = self.best_colocated(slo)
         ratios: list[Option] = []
+        variants: list[Option] = []
         best = colocated
         if self._num_workers > 1:
             pools = self.best_pools(slo)
-            ratios = self._neighbours(pools, slo)
+            ratios = self._neighbours(pools.placement, slo)
+            variants = self._variants(pools.placement, slo)
             if pools.goodput > MARGIN * colocated.goodput:
                 best = pools
         return Plan(
             slo=slo,
             best=best,
             ratios=ratios,
+            variants=variants,
             colocated=colocated,
             slo_map=self._map(slo, ratios) if with_map and ratios else [],
             checked=self._check(best, slo),
@@ -133,9 +144,16 @@ class Planner:
         )
 
     def best_pools(self, slo: Slo) -> Option:
-        """The best ratio, then the best budget at it."""
-        first = self._pools(self._num_workers // 2, FIRST_BUDGET)
-        return self._best_budget(self._climb_ratio(first, slo), slo)
+        """The best ratio, the best budget at it, the best prompts on decode; the ratio again."""
+        first = replace(self._limits, max_num_batched_tokens=FIRST_BUDGET)
+        half = first.with_pools(
+            self._num_workers // 2, self._num_workers - self._num_workers // 2, 0
+        )
+        found = self._best_budget(self._climb_ratio(half, slo), slo)
+        local = max(self._with_prompts(found.placement, slo), key=lambda other: other.goodput)
+        if local.goodput > MARGIN * found.goodput:
+            found = self.option(self._climb_ratio(local.placement, slo), slo)
+        return found
 
     def best_colocated(self, slo: Slo) -> Option:
         """Colocated workers with their best budget."""
@@ -147,11 +165,6 @@ class Planner:
         goodput = candidate.goodput(slo)
         return Option(placement, goodput, candidate.outcome(goodput).figures() if goodput else {})
 
-    def _pools(self, prefill: int, budget: int) -> Placement:
-        decode = self._num_workers - prefill
-        limits = replace(self._limits, max_num_batched_tokens=budget)
-        return limits.with_pools(prefill, decode)
-
     def _candidate(self, placement: Placement) -> Candidate:
         if placement not in self._candidates:
             self._candidates[placement] = Candidate(self._requests, placement, self._profile)
@@ -161,25 +174,36 @@ class Planner:
         return self._candidate(placement).goodput(slo)
 
     def _climb_ratio(self, start: Placement, slo: Slo) -> Placement:
-        budget = start.max_num_batched_tokens
-        best = climb(
-            lambda prefill: self._goodput(self._pools(prefill, budget), slo),
-            range(1, self._num_workers),
-            start.prefill,
-        )
-        return self._pools(best, budget)
+        def ratio(prefill: int) -> Placement:
+            return start.with_pools(prefill, self._num_workers - prefill)
+
+        over = range(1, self._num_workers)
+        return ratio(climb(lambda prefill: self._goodput(ratio(prefill), slo), over, start.prefill))
 
     def _best_budget(self, placement: Placement, slo: Slo) -> Option:
         """All of them are tried: goodput has more than one hill over the budget."""
         tried = [replace(placement, max_num_batched_tokens=budget) for budget in BUDGETS]
         return self.option(max(tried, key=lambda other: self._goodput(other, slo)), slo)
 
-    def _neighbours(self, pools: Option, slo: Slo) -> list[Option]:
-        """The best ratio and up to two on either side, with its budget: how flat the hill is."""
-        best = pools.placement
+    def _with_prompts(self, placement: Placement, slo: Slo) -> list[Option]:
+        """A ratio with every length of prompts on decode."""
+        lengths = prompt_lengths(self._requests)
+        tried = [replace(placement, local_prefill_tokens=tokens) for tokens in lengths]
+        return [self.option(other, slo) for other in tried]
+
+    def _neighbours(self, best: Placement, slo: Slo) -> list[Option]:
+        """The best ratio and up to two on either side: how flat the hill is."""
         near = range(max(1, best.prefill - 2), min(self._num_workers, best.prefill + 3))
-        placements = [self._pools(prefill, best.max_num_batched_tokens) for prefill in near]
+        placements = [best.with_pools(prefill, self._num_workers - prefill) for prefill in near]
         return [self.option(placement, slo) for placement in placements]
+
+    def _variants(self, best: Placement, slo: Slo) -> list[Option]:
+        """The next smaller and larger budget, and all lengths of prompts on decode."""
+        at = BUDGETS.index(best.max_num_batched_tokens)
+        budgets = BUDGETS[max(0, at - 1) : at + 2]
+        options = [self.option(replace(best, max_num_batched_tokens=b), slo) for b in budgets]
+        options += self._with_prompts(best, slo)
+        return [option for option in options if option.placement != best]
 
     def _map(self, slo: Slo, ratios: list[Option]) -> list[MapCell]:
         start = max(ratios, key=lambda option: option.goodput).placement

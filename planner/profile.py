@@ -30,6 +30,7 @@ class WorkerProfile(BaseModel):
     kv_tokens: Annotated[int, Field(gt=0)]  # that fit in a worker's KV memory
     kv_bytes_per_token: Annotated[int, Field(gt=0)]
     link: Link
+    overhead: Annotated[float, Field(ge=0)] = 0.0  # seconds of a first token beside queue and steps
 
     @classmethod
     def load(cls, source: str) -> WorkerProfile:

@@ -9,36 +9,38 @@ from engine.block_pool import BlockPool
 from planner.job import Job
 from planner.placement import Placement
 from planner.profile import WorkerProfile
+from planner.workload import Request
 from protocol.geometry import Fingerprint, KVGeometry
 from protocol.messages import Register, Role, WorkerLoad
 from router.capacity import Demand, uncached_tokens
-from router.policy import POLICIES, Pair, PolicyName, choose_pair
+from router.disaggregation import Disaggregation
+from router.policy import Pair, PolicyName
 from router.registry import Assignment, Registry
 
 LONG_PROMPT = 2048  # tokens, over which a worker's prefill rate is taken
 
+Workers = tuple[int | None, int]
+"""A job's prefill and decode worker, by their index. Without the first, decode does both."""
+
 
 class Route(Protocol):
-    """Chooses workers and hears when they are done with a job. Workers go by their index."""
+    """Chooses workers and hears when they are done with a job."""
 
     def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
         """The workers' block pools, before the first job."""
 
-    def choose(self, job: Job) -> tuple[int, int] | None:
-        """The prefill and the decode worker; None when the job must wait for another's end.
-
-        For a colocated placement it is the same worker twice.
-        """
+    def choose(self, job: Job) -> Workers | None:
+        """The job's workers; None when it must wait for another's end."""
 
     def prefilled(self, job: Job) -> None:
-        """Prefill is done with the job."""
+        """The job has its first token."""
 
     def ended(self, job: Job) -> None:
         """Decode is done with the job."""
 
 
 class RouterPolicy:
-    """``router.policy.choose_pair`` over a registry.
+    """``router.disaggregation`` and a policy of ``router.policy`` over a registry.
 
     One router gives all the work and hears of each end at once, so its own count is never behind
     and load reports would add nothing. It hears of stored and evicted blocks at once, too.
@@ -47,7 +49,8 @@ class RouterPolicy:
     def __init__(
         self, placement: Placement, profile: WorkerProfile, policy: PolicyName = "prefix-aware"
     ) -> None:
-        self._policy = POLICIES[policy]
+        local = placement.local_prefill_tokens
+        self._disaggregation = Disaggregation("auto" if local else "always", local or None, policy)
         self._block_size = placement.block_size
         self._registry = Registry(timeout=1.0)
         self._pairs: dict[int, Pair] = {}
@@ -63,34 +66,36 @@ class RouterPolicy:
         for pool, worker in zip([*prefill, *decode], self._registry.all(), strict=True):
             pool.listeners.append(_Findable(worker.cached.keys))
 
-    def choose(self, job: Job) -> tuple[int, int] | None:
+    def choose(self, job: Job) -> Workers | None:
         """See ``Route``."""
         prompt = job.request.prompt_tokens
         num_blocks = (prompt - 1) // self._block_size
         keys = list(map(hash, job.sequence.block_hashes[:num_blocks]))
         demand = Demand(prompt, prompt + job.request.output_tokens, lambda _: keys)
-        pair = choose_pair(self._registry, demand, policy=self._policy)
+        pair = self._disaggregation.choose(self._registry, demand)
         if pair is None:
             return None
         self._pairs[job.number] = pair
-        assert pair.prefill is not None, "choose_pair has both"
-        to_compute = uncached_tokens(pair.prefill, demand)
-        for worker, prompt_tokens in ((pair.prefill, to_compute), (pair.decode, 0)):
+        computes = pair.prefill or pair.decode
+        for worker in pair.workers:
+            to_compute = uncached_tokens(worker, demand) if worker is computes else 0
             assignment = Assignment(
-                prompt, demand.expected_tokens, begun=False, prompt_tokens=prompt_tokens
+                prompt, demand.expected_tokens, begun=False, prompt_tokens=to_compute
             )
             self._registry.give(worker, str(job.number), assignment)
-        return pair.prefill.info.epoch, pair.decode.info.epoch
+        return pair.prefill.info.epoch if pair.prefill else None, pair.decode.info.epoch
 
     def prefilled(self, job: Job) -> None:
         """See ``Route``."""
-        prefill = self._pairs[job.number].prefill
-        assert prefill is not None
-        del prefill.assigned[str(job.number)]
+        pair, name = self._pairs[job.number], str(job.number)
+        if pair.prefill is None:
+            pair.decode.goes_on(name, job.request.prompt_tokens)
+        else:
+            pair.prefill.end(name)
 
     def ended(self, job: Job) -> None:
         """See ``Route``."""
-        del self._pairs.pop(job.number).decode.assigned[str(job.number)]
+        self._pairs.pop(job.number).decode.end(str(job.number))
 
 
 class _Findable:
@@ -107,31 +112,34 @@ class _Findable:
 
 
 class LeastLoaded:
-    """The same rule in linear time: fewest prompt tokens queued, fewest sequences held.
+    """The same rules in linear time: fewest prompt tokens queued, fewest sequences held.
 
     Colocated workers compare by both, in that order.
     """
 
     def __init__(self, placement: Placement, _: WorkerProfile) -> None:
-        self._colocated = placement.colocated > 0
-        self.queued = [0] * (placement.prefill or placement.colocated)  # prompt tokens
+        self._placement = placement
+        self.queued = [0] * placement.prefill  # prompt tokens
+        self._own = [0] * (placement.decode or placement.colocated)  # that decode computes
         self._held = [0] * (placement.decode or placement.colocated)  # sequences
-        self._pairs: dict[int, tuple[int, int]] = {}
+        self._workers: dict[int, Workers] = {}
 
     def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
         """See ``Route``. Caches play no part."""
 
-    def choose(self, job: Job) -> tuple[int, int]:
+    def choose(self, job: Job) -> Workers:
         """See ``Route``."""
-        if self._colocated:
-            loads = list(zip(self.queued, self._held, strict=True))
-            prefill = decode = loads.index(min(loads))
+        prefill = None
+        if self._placement.colocated:
+            loads = list(zip(self._own, self._held, strict=True))
+            decode = loads.index(min(loads))
         else:
-            prefill = self.prefill_for(job)
             decode = self._held.index(min(self._held))
-        self._pairs[job.number] = prefill, decode
-        self.queued[prefill] += job.request.prompt_tokens
+            if not is_short(job.request, self._placement, self._held[decode], self._own[decode]):
+                prefill = self.prefill_for(job)
+        self._workers[job.number] = prefill, decode
         self._held[decode] += 1
+        self._queue(job, job.request.prompt_tokens)
         return prefill, decode
 
     def prefill_for(self, job: Job) -> int:
@@ -140,11 +148,28 @@ class LeastLoaded:
 
     def prefilled(self, job: Job) -> None:
         """See ``Route``."""
-        self.queued[self._pairs[job.number][0]] -= job.request.prompt_tokens
+        self._queue(job, -job.request.prompt_tokens)
 
     def ended(self, job: Job) -> None:
         """See ``Route``."""
-        self._held[self._pairs.pop(job.number)[1]] -= 1
+        self._held[self._workers.pop(job.number)[1]] -= 1
+
+    def _queue(self, job: Job, tokens: int) -> None:
+        prefill, decode = self._workers[job.number]
+        if prefill is None:
+            self._own[decode] += tokens
+        else:
+            self.queued[prefill] += tokens
+
+
+def is_short(request: Request, placement: Placement, held: int, own_tokens: int) -> bool:
+    """Whether a decode worker computes the prompt itself: ``router.disaggregation``'s rule.
+
+    It holds ``held`` sequences and has ``own_tokens`` of other prompts to compute.
+    """
+    spare = own_tokens == 0 and 2 * held < placement.max_num_seqs
+    uncached = request.prompt_tokens - request.cached_tokens
+    return spare and uncached <= placement.local_prefill_tokens
 
 
 def _registration(role: Role, index: int, placement: Placement, profile: WorkerProfile) -> Register:

@@ -1,7 +1,9 @@
 """A discrete-event simulation of a placement under a workload, on virtual time.
 
-    arrival → route → prefill queue → chunks → first token → transfer → decode batch → last token
+    arrival → route → overhead → prefill queue → chunks → first token
+            → transfer → decode batch → last token
 
+Without a transfer where one worker does both: a colocated one, or decode with a short prompt.
 Chunks are the real prefill scheduler's, over real block pools with their prefix caches. In detail
 ``exact`` decode steps are the real decode scheduler's and routing is the router's; in detail
 ``fast`` both follow the same rules in aggregate (``planner.decoding``, ``planner.routing``).
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import count
 from typing import Literal
 
@@ -21,7 +24,7 @@ from planner.job import Job, new_job, warm
 from planner.outcome import Outcome
 from planner.placement import Placement
 from planner.profile import WorkerProfile
-from planner.routing import LeastLoaded, Route, RouterPolicy
+from planner.routing import LeastLoaded, Route, RouterPolicy, Workers
 from planner.worker import SimulatedWorker
 from planner.workload import Request
 from prefill.scheduler import PrefillScheduler
@@ -72,7 +75,7 @@ class _Simulation:
         self._outcome = Outcome()
         self._numbers = count()
         self._unplaced: deque[Job] = deque()  # wait in the router
-        self._where: dict[int, tuple[int, int]] = {}
+        self._where: dict[int, Workers] = {}
         make = ScheduledDecode if detail == "exact" else LeapingDecode
 
         def worker(*, prefill: bool, decode: bool) -> SimulatedWorker:
@@ -88,13 +91,15 @@ class _Simulation:
                 ended=self._ended,
             )
 
-        if placement.colocated or elastic:
+        if elastic:
             num_workers = placement.num_workers
-            self._prefill = [worker(prefill=True, decode=True) for _ in range(num_workers)]
-            self._decode = self._prefill
+            self._decode = [worker(prefill=True, decode=True) for _ in range(num_workers)]
+            self._prefill = self._decode
         else:
             self._prefill = [worker(prefill=True, decode=False) for _ in range(placement.prefill)]
-            self._decode = [worker(prefill=False, decode=True) for _ in range(placement.decode)]
+            both = bool(placement.colocated or placement.local_prefill_tokens)
+            num_decode = placement.decode or placement.colocated
+            self._decode = [worker(prefill=both, decode=True) for _ in range(num_decode)]
         route.watch([w.pool for w in self._prefill], [w.pool for w in self._decode])
         self._link_free = [0.0] * len(self._prefill)  # when each prefill worker's link is
         self._pending: list[deque[Job]] = [deque() for _ in self._decode]  # want room in decode
@@ -110,9 +115,8 @@ class _Simulation:
         if needed > capacity:
             self._outcome.num_rejected += 1
             return
-        disaggregated = not self._placement.colocated
         number, size = next(self._numbers), self._placement.block_size
-        self._unplaced.append(new_job(number, request, size, disaggregated=disaggregated))
+        self._unplaced.append(new_job(number, request, size))
         self._place()
 
     def _place(self) -> None:
@@ -122,15 +126,25 @@ class _Simulation:
                 return
             job = self._unplaced.popleft()
             self._where[job.number] = chosen
-            worker = self._prefill[chosen[0]]
-            assert worker.prefill is not None
-            warm(worker.prefill.pool, job)
-            worker.add(job)
+            if chosen[0] is not None:
+                job.hand_off()
+            self._clock.at(self._clock.now + self._profile.overhead, partial(self._queue, job))
+
+    def _queue(self, job: Job) -> None:
+        worker = self._computing(job)
+        assert worker.prefill is not None
+        warm(worker.prefill.pool, job)
+        worker.add(job)
+
+    def _computing(self, job: Job) -> SimulatedWorker:
+        """The worker that has the prompt."""
+        prefill, decode = self._where[job.number]
+        return self._decode[decode] if prefill is None else self._prefill[prefill]
 
     def _offer(self, job: Job) -> None:
         prefill, decode = self._where[job.number]
-        if self._placement.colocated or job.request.output_tokens == 1:  # no hand-off
-            self._prefill[prefill].grant(job)
+        if prefill is None or job.request.output_tokens == 1:  # no hand-off
+            self._computing(job).grant(job)
         else:
             self._pending[decode].append(job)
             self._grant_pending(decode)
@@ -141,7 +155,7 @@ class _Simulation:
         assert decode is not None
         while pending and decode.reserve(pending[0]):
             job = pending.popleft()
-            self._prefill[self._where[job.number][0]].grant(job)
+            self._computing(job).grant(job)
 
     def _prefilled(self, job: Job, last_chunk: int) -> None:
         self._route.prefilled(job)
@@ -149,9 +163,9 @@ class _Simulation:
         self._outcome.cached_tokens += job.sequence.num_cached
         prefill, decode = self._where[job.number]
         if job.request.output_tokens == 1:
-            self._release(prefill, job)
+            self._release(job)
             self._ended(job)
-        elif self._placement.colocated:
+        elif prefill is None:
             half = self._decode[decode].decode
             assert half is not None
             half.add(job)
@@ -176,9 +190,8 @@ class _Simulation:
         return sent + link.latency
 
     def _hand_over(self, job: Job) -> None:
-        prefill, decode = self._where[job.number]
-        self._release(prefill, job)
-        worker = self._decode[decode]
+        self._release(job)
+        worker = self._decode[self._where[job.number][1]]
         assert worker.decode is not None
         job.kv.num_computed = job.request.prompt_tokens
         worker.decode.pool.publish(job.kv, 0)
@@ -187,9 +200,9 @@ class _Simulation:
         worker.decode.add(job)
         worker.wake()
 
-    def _release(self, index: int, job: Job) -> None:
-        """Prefill's blocks stay as its prefix cache."""
-        worker = self._prefill[index]
+    def _release(self, job: Job) -> None:
+        """The prompt's blocks stay as prefix cache where it was computed."""
+        worker = self._computing(job)
         assert worker.prefill is not None
         worker.prefill.pool.release_sequence(job.sequence)
         worker.wake()

@@ -75,15 +75,18 @@ def answer(
     rate_factor: float,
     slo: Slo,
     seconds: float,
+    local_prefill_tokens: int = 0,
 ) -> Answer:
     """Predict ``pools`` (prefill workers, decode workers; no prefill: colocated).
 
-    The rate is the measured one times ``rate_factor``. Takes about ``seconds``. Raises ConfigError
-    when too little was observed.
+    The rate is the measured one times ``rate_factor``. Decode computes prompts of up to
+    ``local_prefill_tokens`` itself, in the present pools and in those asked about. Takes about
+    ``seconds``. Raises ConfigError when too little was observed.
     """
     deadline = time.perf_counter() + seconds
     requests = requests_of(rows)
-    placement = placement_of(workers, mean(request.prompt_tokens for request in requests))
+    usual = mean(request.prompt_tokens for request in requests)
+    placement = placement_of(workers, usual, local_prefill_tokens)
     present = _Pools(requests, placement, profile, slo)
     asked = _Pools(requests, placement.with_pools(*pools), profile, slo)
     measured_rate = rate_of(requests)

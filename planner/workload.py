@@ -82,6 +82,15 @@ def at_rate(requests: Sequence[Request], rate: float) -> Iterator[Request]:
         yield replace(request, arrival=(request.arrival - start) * factor)
 
 
+def prompt_lengths(requests: Sequence[Request]) -> list[int]:
+    """What a quarter, half, three quarters and all of the prompts do not exceed, and 0; in order.
+
+    In tokens, without those that are known to be cached.
+    """
+    lengths = sorted(request.prompt_tokens - request.cached_tokens for request in requests)
+    return sorted({0, *(lengths[(len(lengths) * part - 1) // 4] for part in (1, 2, 3, 4))})
+
+
 def read_trace(path: Path, limit: int | None = None) -> list[Request]:
     """The first ``limit`` requests of a trace in Mooncake's JSON lines or Azure's CSV columns.
 

@@ -65,6 +65,7 @@ class Lease:
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 sampling=sequence.sampling,
                 cache_salt=sequence.cache_salt,
+                priority=sequence.priority,
                 fingerprint=fingerprint,
                 timeout=max(0.0, self.deadline - now),
             )

@@ -1,7 +1,8 @@
 """Which prompts compute how many tokens in the next step. Pure policy: no tensor, no clock.
 
 A prompt waits until the pool has blocks for all of it, so a running one never lacks memory.
-``engine.token_budget`` says how the running ones share a step.
+What waits starts by priority, then in the order of arrival; ``engine.chunks`` says how those that
+run share a step, and there a priority counts no more: nobody holds memory and starves.
 
 A prompt's last ``ask_ahead`` tokens are computed only under a grant, so that prefill never
 outruns decode; ``prompts_to_offer`` names those whose grant should be asked for now.
@@ -9,15 +10,16 @@ outruns decode; ``prompts_to_offer`` names those whose grant should be asked for
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count
+from operator import attrgetter
 
 from engine.batch import Batch, BatchRow
 from engine.block_pool import BlockPool
+from engine.chunks import chunks
 from engine.sequence import Sequence
 from engine.step import Step
-from engine.token_budget import shares
 
 
 class PrefillScheduler:
@@ -40,12 +42,13 @@ class PrefillScheduler:
         self.max_num_seqs = max_num_seqs
         self.ask_ahead = 4 * max_num_batched_tokens if ask_ahead is None else ask_ahead
         assert self.ask_ahead > 0, "the last token must wait for its grant"
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # by their turns
         self.running: list[Sequence] = []  # oldest first
         # Asked before a prompt gets blocks: one that may not start yet is passed over.
         self.may_start: Callable[[Sequence], bool] = lambda _: True
         self._granted: set[str] = set()
         self._step = Step(pool)
+        self._arrivals = count()
 
     @property
     def waiting_tokens(self) -> int:
@@ -54,8 +57,9 @@ class PrefillScheduler:
         return waiting + sum(s.num_tokens - s.num_computed for s in self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a prompt."""
-        self.waiting.append(sequence)
+        """Queue a prompt behind those of its priority."""
+        sequence.arrival = next(self._arrivals)
+        insort(self.waiting, sequence, key=attrgetter("turn"))
 
     def grant(self, request_id: str) -> None:
         """Decode has reserved room: the prompt may be finished."""
@@ -72,15 +76,11 @@ class PrefillScheduler:
     def schedule(self) -> Batch:
         """The next step's rows; empty when nothing may run."""
         self._start_waiting()
-        ready = [(s, n) for s in self.running if (n := self._computable(s)) > 0]
-        given = shares([tokens for _, tokens in ready], self.max_num_batched_tokens)
-        return self._step.begin(
-            [
-                BatchRow(sequence, sequence.num_computed, share)
-                for (sequence, _), share in zip(ready, given, strict=True)
-                if share > 0
-            ]
-        )
+        for sequence in self.running:
+            self.pool.adopt(sequence)
+        ready = {s: tokens for s in self.running if (tokens := self._computable(s)) > 0}
+        given = chunks(ready, self.max_num_batched_tokens, self.pool.block_size)
+        return self._step.begin([BatchRow(s, s.num_computed, n) for s, n in given.items() if n > 0])
 
     def commit(self, token_ids: list[int]) -> list[tuple[Sequence, int | None]]:
         """Record the step that has run: each sequence in it and the first token it sampled.
@@ -110,7 +110,7 @@ class PrefillScheduler:
         return [s.block_table for s in self.running] + self._step.owned_blocks()
 
     def _start_waiting(self) -> None:
-        for sequence in list(islice(self.waiting, self.max_num_seqs)):
+        for sequence in self.waiting[: self.max_num_seqs]:
             if len(self.running) == self.max_num_seqs:
                 return
             if not self.may_start(sequence):

@@ -47,6 +47,7 @@ from prefill.scheduler import PrefillScheduler
 from protocol.errors import InvalidRequestError, UnavailableError
 from protocol.geometry import Fingerprint
 from protocol.link import Client
+from protocol.logs import about
 from protocol.messages import (
     Accepted,
     Cancel,
@@ -155,7 +156,11 @@ class PrefillWorker:
         """Take a router's message."""
         match message:
             case PrefillRequest() if self._handoffs.lease(message.request_id) is not None:
-                log.warning("request %s came twice, the second is ignored", message.request_id)
+                log.warning(
+                    "request %s came twice, the second is ignored",
+                    message.request_id,
+                    extra=about(message.request_id),
+                )
             case PrefillRequest() if self._leaving:
                 refusal = RequestFailed(
                     request_id=message.request_id,

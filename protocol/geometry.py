@@ -12,9 +12,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 KVDtype = Literal["float32", "bfloat16", "float16"]
+WireQuantization = Literal["none", "int8", "fp8"]
 DTYPE_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -54,6 +55,7 @@ class Fingerprint(BaseModel):
     weights_digest: str  # hex, over the weights' bytes (or their seed, for dummy weights)
     rope: str  # canonical text of the rotary embedding's parameters
     geometry: KVGeometry
+    wire_quantization: WireQuantization = "none"  # of KV in messages
 
     @cached_property
     def block_salt(self) -> bytes:

@@ -33,6 +33,7 @@ from protocol.sampling import SamplingParams, TokenLogprobs
 
 Role = Literal["prefill", "decode"]
 FinishReason = Literal["stop", "length"]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # the lower, the earlier
 
 
 def _read_tokens(value: object) -> object:
@@ -115,9 +116,13 @@ class Register(Message):
 
 
 class Registered(Message):
-    """The router took the worker in. ``heartbeat_interval`` is in seconds."""
+    """The router took the worker in. ``heartbeat_interval`` is in seconds.
+
+    What follows is of the ``session`` that it names; a worker that has begun another ignores it.
+    """
 
     router_id: str
+    session: int
     heartbeat_interval: float
 
 
@@ -215,6 +220,7 @@ class Continuation(Message):
     num_prompt_tokens: int  # the rest of ``token_ids`` is output
     sampling: SamplingParams
     cache_salt: str = ""  # KV blocks are shared only among requests with the same salt
+    priority: Priority = 0
     timeout: float  # seconds from now
 
     @model_validator(mode="after")

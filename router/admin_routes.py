@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
+from router.access import Access
 from router.activity import SHORTEST, Objective
 from router.generation import Generator
 from router.metrics import RouterMetrics
-from router.pool_routes import pool_routes
+from router.pool_routes import pool_changes, pool_routes
 from router.queries import number
 from router.service_discovery import scrape_targets
 from router.what_if_routes import Predictor, what_if_routes
@@ -24,12 +25,13 @@ MAX_LIST_LIMIT = 1000
 
 
 def admin_routes(
-    model: str, generator: Generator, metrics: RouterMetrics, predict: Predictor
+    model: str, generator: Generator, metrics: RouterMetrics, predict: Predictor, access: Access
 ) -> APIRouter:
-    """Everything under ``/admin``."""
+    """Everything under ``/admin``. Who may read is for the caller to guard."""
     routes = APIRouter(prefix="/admin")
     routes.include_router(what_if_routes(generator, metrics.workload, predict))
     routes.include_router(pool_routes(generator))
+    routes.include_router(pool_changes(generator), dependencies=[Depends(access.change)])
 
     @routes.get("/workers")
     async def workers() -> Response:
@@ -38,10 +40,6 @@ def admin_routes(
     @routes.get("/targets")
     async def targets() -> Response:
         return JSONResponse(scrape_targets(generator.workers()))
-
-    @routes.post("/workers/{worker_id:path}/drain")
-    async def drain(worker_id: str) -> Response:
-        return JSONResponse(generator.drain(worker_id))
 
     @routes.get("/overview")
     async def overview(request: Request) -> Response:

@@ -77,18 +77,18 @@ class Admission:
         Raises OverloadedError when it cannot start in time, UnavailableError without workers.
         """
         self._disaggregation.check(self._registry)
-        client, demand = running.request.client, self._demand(running)
+        request, demand = running.request, self._demand(running)
         has_room = self._disaggregation.choose(self._registry, demand) is not None
         must_wait = self.num_waiting > 0 or not has_room
         if must_wait and self._wait(running) > self._longest_forecast:
             raise self.overloaded("forecast", running)
         pushed_out = None
         if self.num_waiting + len(self._started) >= self._max_num_requests:
-            pushed_out = self._queue.last_behind(client)
+            pushed_out = self._queue.last_behind(request.client, request.priority)
             if pushed_out is None:
                 raise self.overloaded("full", running)
             self._queue.remove(pushed_out.request.client, pushed_out)
-        self._queue.push(client, demand.expected_tokens, running)
+        self._queue.push(request.client, demand.expected_tokens, running, request.priority)
         return pushed_out
 
     def again(self, running: Running) -> None:
@@ -151,7 +151,8 @@ class Admission:
 
     def _wait(self, like: Running) -> float:
         """Seconds until a request like this one would start if it came now."""
-        ahead = [*self._resumed, *self._queue.ahead_of(like.request.client)]
+        client, priority = like.request.client, like.request.priority
+        ahead = [*self._resumed, *self._queue.ahead_of(client, priority)]
         demand, prefills = self._demand(like), self._disaggregation.prompt_pool(self._registry)
         has_place = any(takes_sequence(w, demand) for w in self._registry.serving("decode"))
         return self._forecast.wait(

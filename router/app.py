@@ -1,13 +1,13 @@
 """The router's HTTP: OpenAI's API, vLLM's tokenizer routes, health, metrics.
 
-Owns routes, authorisation and the bounds on bodies. ``intake`` validates, ``stream`` answers,
+Owns routes and the bounds on bodies. ``access`` guards, ``intake`` validates, ``stream`` answers,
 ``admin_routes`` and ``console_page`` serve the operator.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -16,11 +16,11 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from protocol.errors import InvalidRequestError
 from router import http_errors
+from router.access import Access
 from router.admin_routes import admin_routes
 from router.api_keys import ApiKeys
 from router.body import read_body
@@ -28,9 +28,11 @@ from router.chunks import Chunks
 from router.console_page import console_routes
 from router.event_stream import EventStream
 from router.generation import Generator
+from router.http_protocol import first_byte_at
 from router.intake import Intake
 from router.metrics import RouterMetrics
 from router.openapi import description
+from router.request_log import Record
 from router.responses_routes import responses_routes
 from router.schema_base import Body
 from router.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -47,6 +49,7 @@ class RouterSettings:
 
     served_model_name: str
     api_keys: ApiKeys = field(default_factory=ApiKeys)
+    admin_keys: ApiKeys = field(default_factory=ApiKeys)
     max_body_bytes: int = 4 << 20
     body_timeout: float = 60.0  # seconds until a body must have arrived
 
@@ -57,16 +60,18 @@ def create_app(
     generator: Generator,
     registry: CollectorRegistry,
     predict: Predictor,
+    on_end: Callable[[Record], None] | None = None,
 ) -> FastAPI:
     """The application. It keeps no state but ``registry``'s series and what the console shows.
 
-    ``predict`` answers the console's "what if".
+    ``predict`` answers the console's "what if"; ``on_end`` is told of every sequence that is over.
     """
-    metrics = RouterMetrics(registry)
+    metrics = RouterMetrics(registry, on_end)
     intake = Intake(settings.served_model_name, text, generator)
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     http_errors.install(app, metrics)
-    guarded = [Depends(_authorize(settings.api_keys))]
+    access = Access(settings.api_keys, settings.admin_keys)
+    guarded = [Depends(access.use)]
     app.include_router(_open_routes(generator, registry))
     app.include_router(console_routes())
     app.include_router(_api_routes(settings, intake, generator, metrics), dependencies=guarded)
@@ -74,8 +79,8 @@ def create_app(
     read = partial(_read, settings=settings)
     responses = responses_routes(read, intake, generator, metrics)
     app.include_router(responses, dependencies=guarded)
-    admin = admin_routes(settings.served_model_name, generator, metrics, predict)
-    app.include_router(admin, dependencies=guarded)
+    admin = admin_routes(settings.served_model_name, generator, metrics, predict, access)
+    app.include_router(admin, dependencies=[Depends(access.read)])
     return app
 
 
@@ -113,7 +118,7 @@ def _api_routes(
     started = int(time.time())
 
     async def answer(request: Request, job: Job) -> Response:
-        job = job.asked_by(request.state.client)
+        job = job.asked_by(request.state.client, request.headers.get("traceparent", ""))
         pieces = run(job, generator, metrics)
         if not job.stream:
             content = await while_connected(request.receive, whole_answer(job, pieces))
@@ -124,12 +129,12 @@ def _api_routes(
     @routes.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await _read(request, CompletionBody, settings)
-        return await answer(request, await intake.completion(body))
+        return await answer(request, await intake.completion(body, first_byte_at(request)))
 
     @routes.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await _read(request, ChatBody, settings)
-        return await answer(request, await intake.chat(body))
+        return await answer(request, await intake.chat(body, first_byte_at(request)))
 
     @routes.post("/v1/embeddings")
     async def embeddings() -> Response:
@@ -182,16 +187,3 @@ async def _read(request: Request, kind: type[B], settings: RouterSettings) -> B:
     return await read_body(
         request, kind, max_bytes=settings.max_body_bytes, seconds=settings.body_timeout
     )
-
-
-def _authorize(keys: ApiKeys) -> Callable[[Request], Awaitable[None]]:
-    """A dependency that lets only requests with one of the keys pass, and notes whose it is."""
-
-    async def authorize(request: Request) -> None:
-        client = keys.client(request.headers.get("authorization", ""))
-        if client is None:
-            challenge = {"WWW-Authenticate": "Bearer"}
-            raise HTTPException(401, "the API key is missing or wrong", challenge)
-        request.state.client = client
-
-    return authorize

@@ -47,6 +47,7 @@ class Attempts:
                 prompt_tokens=uncached_tokens(worker, start.demand) if worker is computes else 0,
             )
             self._members.registry.give(worker, attempt_id, assignment)
+        computes.cached.expect(running.prompt(computes.info.fingerprint))
         message = self._message(running, pair.decode if pair.prefill else None)
         if not self._members.send(computes, message):
             self._members.lose(computes, "it cannot be reached")
@@ -61,10 +62,8 @@ class Attempts:
         if state in (RequestState.WAITING, RequestState.ENDED):
             pair.decode.end(attempt_id)
             self._by_id.pop(attempt_id, None)
-        assignment = pair.decode.assigned.get(attempt_id)
-        if state is RequestState.DECODING and assignment is not None:
-            assignment.begun, assignment.prompt_tokens = True, 0
-            assignment.num_tokens = running.num_tokens
+        if state is RequestState.DECODING:
+            pair.decode.goes_on(attempt_id, running.num_tokens)
 
     def cancel(self, running: Running, worker_id: str, attempt_id: str) -> None:
         """Tell one of the attempt's workers to drop it, if it is still known."""
@@ -83,6 +82,7 @@ class Attempts:
             "num_prompt_tokens": len(request.prompt_token_ids),
             "sampling": request.sampling,
             "cache_salt": request.cache_salt,
+            "priority": request.priority,
             "timeout": max(0.0, running.deadline - self._clock()),
         }
         if decode is None:

@@ -39,7 +39,7 @@ class CacheDirectory:
             self._resyncs.inc()
             self._link.send(peer, SendCache())
 
-    def compare(self, running: Running, first: FirstToken) -> None:
+    def prompt_computed(self, running: Running, first: FirstToken) -> None:
         """The first token of the present attempt tells what its worker has really found."""
         assert running.pair is not None
         computes = running.pair.prefill or running.pair.decode
@@ -47,3 +47,13 @@ class CacheDirectory:
         if assignment is not None:
             self._predicted.inc(assignment.num_tokens - assignment.prompt_tokens)
             self._found.inc(first.num_cached_tokens)
+        computes.cached.expect(running.prompt(computes.info.fingerprint))
+        if first.finish_reason is None:  # the KV is on its way to decode
+            decode = running.pair.decode
+            decode.cached.expect(running.prompt(decode.info.fingerprint))
+
+    def output_computed(self, running: Running) -> None:
+        """The present attempt is over on its decode worker, which keeps what it has computed."""
+        assert running.pair is not None
+        decode, output = running.pair.decode, running.lifecycle.token_ids
+        decode.cached.expect(running.prompt.continued(decode.info.fingerprint, output))

@@ -7,7 +7,7 @@ the first 8 bytes of a block's hash. Among a million blocks two share one with a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -20,10 +20,15 @@ PrefixKeys = Callable[[Fingerprint], Sequence[int]]
 
 
 class CachedBlocks:
-    """The keys of one worker's findable blocks."""
+    """The keys of one worker's findable blocks.
+
+    ``keys`` are as of the worker's last report. What the router gave it to compute since then
+    counts too: a chat's next turn, or a prompt that begins alike, may come before the next report.
+    """
 
     def __init__(self) -> None:
         self.keys: set[int] = set()
+        self._expected: set[int] = set()  # since the last report
         self._next = 0  # number of the message to come; 0: a snapshot
 
     def apply(self, message: CacheChanges) -> bool:
@@ -37,10 +42,20 @@ class CachedBlocks:
         self.keys.update(_keys(message.stored))
         return True
 
+    def expect(self, keys: Iterable[int]) -> None:
+        """The worker computes these blocks, or has, and is yet to tell."""
+        self._expected.update(keys)
+
+    def reported(self) -> None:
+        """The worker has told of everything that it did up to now."""
+        self._expected.clear()
+
     def leading(self, keys: Sequence[int]) -> int:
         """How many of ``keys``, from the first on, are here."""
-        known = self.keys
-        return next((i for i, key in enumerate(keys) if key not in known), len(keys))
+        told, expected = self.keys, self._expected
+        return next(
+            (i for i, key in enumerate(keys) if key not in told and key not in expected), len(keys)
+        )
 
 
 class PromptPrefix:
@@ -48,22 +63,36 @@ class PromptPrefix:
 
     def __init__(self, token_ids: Sequence[int], cache_salt: str = "") -> None:
         self._token_ids = token_ids
-        self._cache_salt = cache_salt
-        self._keys: dict[bytes, list[int]] = {}  # by the workers' salt
+        self._root = hash_root(cache_salt)
+        self._chains: dict[bytes, tuple[list[int], bytes]] = {}  # and last hash, by workers' salt
 
     def __call__(self, fingerprint: Fingerprint) -> Sequence[int]:
         """Keys of the full blocks before the last token, which is always computed."""
-        salt = fingerprint.block_salt
-        if salt not in self._keys:
-            self._keys[salt] = self._compute(salt, fingerprint.geometry.block_size)
-        return self._keys[salt]
+        return self._chain(fingerprint)[0]
 
-    def _compute(self, salt: bytes, size: int) -> list[int]:
-        keys, name = [], hash_root(self._cache_salt)
-        for end in range(size, len(self._token_ids), size):
-            name = hash_block(name, self._token_ids[end - size : end], salt)
-            keys.append(block_key(name))
-        return keys
+    def continued(self, fingerprint: Fingerprint, output: Sequence[int]) -> Sequence[int]:
+        """Keys of the full blocks before the last token of prompt and output."""
+        keys, name = self._chain(fingerprint)
+        begun = len(keys) * fingerprint.geometry.block_size
+        more, _ = _follow(name, [*self._token_ids[begun:], *output], fingerprint)
+        return [*keys, *more]
+
+    def _chain(self, fingerprint: Fingerprint) -> tuple[list[int], bytes]:
+        salt = fingerprint.block_salt
+        if salt not in self._chains:
+            self._chains[salt] = _follow(self._root, self._token_ids, fingerprint)
+        return self._chains[salt]
+
+
+def _follow(
+    name: bytes, token_ids: Sequence[int], fingerprint: Fingerprint
+) -> tuple[list[int], bytes]:
+    """Keys of the full blocks before the last token, after a block ``name``, and the last name."""
+    keys, size, salt = [], fingerprint.geometry.block_size, fingerprint.block_salt
+    for end in range(size, len(token_ids), size):
+        name = hash_block(name, token_ids[end - size : end], salt)
+        keys.append(block_key(name))
+    return keys, name
 
 
 def no_prefix(_: Fingerprint) -> Sequence[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from router.cached_blocks import PrefixKeys, no_prefix
-from router.registry import Assignment, Worker
+from router.registry import Worker
 
 LOOK_AHEAD = 0.5  # seconds of prompts that a worker is given in advance
 MIN_PROMPTS = 2  # that it may always have: a step is shared between a long and a short one
@@ -42,9 +42,9 @@ def queued_tokens(worker: Worker) -> int:
     Two upper bounds, of which the first knows at once what ended and the second how far a prompt
     has come.
     """
-    unreported = sum(a.prompt_tokens for a in worker.assigned.values() if not a.reported)
     return min(
-        worker.assigned_tokens + worker.foreign_tokens, worker.load.waiting_tokens + unreported
+        worker.assigned_tokens + worker.foreign_tokens,
+        worker.load.waiting_tokens + worker.unreported_tokens,
     )
 
 
@@ -55,8 +55,7 @@ def takes_prompt(worker: Worker, demand: Demand) -> bool:
     it holds takes no longer than computing them elsewhere.
     """
     rate = worker.load.prefill_tokens_per_second
-    num_prompts = sum(a.prompt_tokens > 0 for a in worker.assigned.values())
-    if num_prompts < MIN_PROMPTS or rate == 0:
+    if worker.num_prompts < MIN_PROMPTS or rate == 0:
         return True
     return queued_tokens(worker) < LOOK_AHEAD * rate + cached_tokens(worker, demand)
 
@@ -68,8 +67,7 @@ def held_sequences(decode: Worker) -> int:
 
 def free_blocks(decode: Worker) -> int:
     """KV blocks of a decode worker that nobody has or was promised; below 0: too many were."""
-    promised = sum(_blocks_to_come(decode, a) for a in decode.assigned.values())
-    return decode.load.free_blocks + decode.returned_blocks - promised
+    return decode.load.free_blocks + decode.returned_blocks - decode.promised_blocks
 
 
 def takes_sequence(decode: Worker, demand: Demand) -> bool:
@@ -82,10 +80,3 @@ def takes_sequence(decode: Worker, demand: Demand) -> bool:
     held = held_sequences(decode)
     needed = decode.blocks_for(demand.expected_tokens)
     return held == 0 or (held < decode.load.max_num_seqs and needed <= free_blocks(decode))
-
-
-def _blocks_to_come(decode: Worker, assignment: Assignment) -> int:
-    """Promised blocks that are still free in the worker's report."""
-    expected = decode.blocks_for(max(assignment.expected_tokens, assignment.num_tokens))
-    taken = decode.blocks_for(assignment.num_tokens) if assignment.reported else 0
-    return expected - taken

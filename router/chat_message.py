@@ -16,6 +16,7 @@ Content = str | list[dict[Literal["type", "text"], str]]
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
     "function_call": (),
+    "refusal": (),
 }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from protocol.errors import KvferryError
 from router.answers import usage
-from router.event_stream import server_sent
+from router.event_stream import event_json, server_sent
 from router.http_errors import error_body
 from router.output import Piece
 from router.stream import Job
@@ -20,6 +21,7 @@ class Chunks:
         self._head = job.head.fields(job.shape.chunk)
         if job.include_usage:
             self._head["usage"] = None
+        self._opening = f'data: {event_json(self._head)[:-1]},"choices":['  # of every chunk
         self._num_tokens = 0
         self._num_cached_tokens = 0
         # Whose prompt's ids were sent, if they are asked for:
@@ -28,11 +30,7 @@ class Chunks:
     def begin(self) -> Sequence[bytes]:
         """The choices' openings."""
         openings = [self._job.shape.opening(choice) for choice in range(len(self._job.choices))]
-        return [
-            server_sent({**self._head, "choices": [opening]})
-            for opening in openings
-            if opening is not None
-        ]
+        return [self._chunk(opening) for opening in openings if opening is not None]
 
     def push(self, piece: Piece) -> Sequence[bytes]:
         """The piece's chunk, if there is anything in it for the client."""
@@ -47,7 +45,7 @@ class Chunks:
         if not self._told[piece.index]:
             self._told[piece.index] = True
             delta["prompt_token_ids"] = job.choices[piece.index].request.prompt_token_ids
-        return (server_sent({**self._head, "choices": [delta]}),)
+        return (self._chunk(delta),)
 
     def end(self) -> Sequence[bytes]:
         """The token counts, if they are asked for, and the mark of the end."""
@@ -61,3 +59,6 @@ class Chunks:
     def fail(self, error: KvferryError) -> Sequence[bytes]:
         """The error in OpenAI's form."""
         return (server_sent(error_body(error)),)
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        return f"{self._opening}{event_json(choice)}]}}\n\n".encode()

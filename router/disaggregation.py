@@ -14,7 +14,7 @@ at least half of its places are free: what it computes then costs nobody else a 
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import Literal
+from typing import Any, Literal
 
 from protocol.errors import ConfigError, UnavailableError
 from router.capacity import Demand, held_sequences, queued_tokens, uncached_tokens
@@ -39,12 +39,29 @@ class Disaggregation:
         local_tokens: int | None = None,
         policy: PolicyName = "prefix-aware",
     ) -> None:
+        self._mode: Mode = "always"
+        self._local_tokens: int | None = None
+        self._policy = POLICIES[policy]
+        self._handoff_seconds = 0.0  # at least; 0: no hand-off was measured
+        self.change(mode, local_tokens)
+
+    def change(self, mode: Mode, local_tokens: int | None = None) -> None:
+        """For the prompts that come from now on. Raises ConfigError as above."""
         if local_tokens is not None and mode != "auto":
             raise ConfigError("--local-prefill-tokens goes with --disaggregation auto")
-        self._mode = mode
-        self._policy = POLICIES[policy]
-        self._local_tokens = local_tokens
-        self._handoff_seconds = 0.0  # at least; 0: no hand-off was measured
+        self._mode, self._local_tokens = mode, local_tokens
+
+    def row(self, registry: Registry) -> dict[str, Any]:
+        """What holds now. ``longest_local_prompt``: that decode computes beside a prefill pool."""
+        limits = [0.0]
+        if self._mode == "auto":
+            prefills = registry.serving("prefill")
+            limits += [self._threshold(decode, prefills) for decode in registry.serving("decode")]
+        return {
+            "mode": self._mode,
+            "local_prefill_tokens": self._local_tokens,
+            "longest_local_prompt": int(max(limits)),
+        }
 
     def handed_off(self, seconds: float) -> None:
         """A hand-off took so long, from its first token to decode's work on the next.

@@ -11,7 +11,7 @@ from typing import Any, assert_never
 
 from prometheus_client import CollectorRegistry
 
-from protocol.errors import KvferryError, OverloadedError, UnavailableError, error_from_code
+from protocol.errors import OverloadedError, UnavailableError, error_from_code
 from protocol.link import Server
 from protocol.messages import (
     CacheChanges,
@@ -30,7 +30,7 @@ from router import timeline
 from router.admission import Admission, Start
 from router.attempts import Attempts
 from router.cache_directory import CacheDirectory
-from router.disaggregation import Disaggregation
+from router.disaggregation import Disaggregation, Mode
 from router.generation import GenerationRequest, TokenChunk
 from router.lifecycle import RequestLifecycle, RequestState
 from router.lifecycle_events import (
@@ -58,6 +58,7 @@ from router.running import Running
 log = logging.getLogger(__name__)
 
 TICK = 0.1  # seconds
+TURN = 0.005  # seconds of reading messages that wait, until everything else has its turn
 PATIENCE = 10.0  # seconds without workers until requests that wait for them fail
 STAGES = {  # of a request's timeline
     RequestState.WAITING: timeline.ROUTER_QUEUE,
@@ -88,7 +89,7 @@ class Dispatcher:
         self._metrics = DispatchMetrics(metrics)
         self._request_timeout = request_timeout
         self._max_retries = max_retries
-        self._members = Membership(link, router_id, self._on_lost)
+        self._members = Membership(link, router_id, self._on_lost, clock)
         self._caches = CacheDirectory(self._members.registry, link, metrics)
         self._attempts = Attempts(self._members, clock)
         self._disaggregation = disaggregation or Disaggregation()
@@ -142,16 +143,23 @@ class Dispatcher:
         """The sizes of both pools, and their change."""
         return self._members.pools
 
+    def disaggregation(self) -> dict[str, Any]:
+        """Who computes prompts; see ``router.generation.Generator``."""
+        return self._disaggregation.row(self._members.registry)
+
+    def disaggregate(self, mode: Mode, local_tokens: int | None) -> None:
+        """Change that, for waiting requests too. Raises ConfigError."""
+        self._disaggregation.change(mode, local_tokens)
+        self._start_waiting()
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yield the request's tokens; see ``router.generation.Generator``."""
         running = self._dispatch(request)
         try:
             while True:
-                item = await running.output.get()
-                if isinstance(item, KvferryError):
-                    raise item
-                yield item
-                if item.finish_reason is not None:
+                chunk = await running.output.get()
+                yield chunk
+                if chunk.finish_reason is not None:
                     return
         finally:
             self._handle(running, ClientGone())
@@ -200,9 +208,13 @@ class Dispatcher:
             tasks.create_task(self._tick())
 
     async def _receive(self) -> None:
+        turn_ends = 0.0
         while True:
-            peer, message = await self._link.receive()
+            peer, message = await self._link.receive()  # which does not wait if one is there
             self._receive_one(peer, message)
+            if time.monotonic() > turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = time.monotonic() + TURN
 
     def _receive_one(self, peer: bytes, message: Message) -> None:
         match message:
@@ -268,7 +280,7 @@ class Dispatcher:
         before, attempt_id = lifecycle.state, lifecycle.attempt_id
         if before is RequestState.PREFILLING and isinstance(event, FirstToken):
             times.account(event.account, now)
-            self._caches.compare(running, event)
+            self._caches.prompt_computed(running, event)
         elif before is RequestState.DECODING and isinstance(event, TokenUpdate) and event.account:
             self._handed_off(times.account(event.account, now))
         actions = lifecycle.handle(event)
@@ -276,6 +288,8 @@ class Dispatcher:
             times.enter(STAGES[lifecycle.state], now)
         self._attempts.note(running, attempt_id)
         if lifecycle.state is RequestState.ENDED:
+            if before is RequestState.DECODING:
+                self._caches.output_computed(running)
             self._running.discard(running)
             self._admission.leave(running, now)
         for action in actions:
@@ -288,9 +302,9 @@ class Dispatcher:
     def _do(self, running: Running, action: Action) -> None:
         match action:
             case Deliver(chunk):
-                running.output.put_nowait(chunk)
+                running.output.put(chunk)
             case Fail(error):
-                running.output.put_nowait(error)
+                running.output.put(error)
             case CancelOn(worker_id, attempt_id):
                 self._attempts.cancel(running, worker_id, attempt_id)
             case Retry(reason):

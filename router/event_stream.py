@@ -24,6 +24,8 @@ from router.stream import while_connected
 # Some clients split a stream into lines as Unicode does, not as server-sent events do.
 UNICODE_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 
 class Telling(Protocol):
     """How an endpoint words an answer in events. Each method gives the bytes of some."""
@@ -81,41 +83,34 @@ class EventStream(Response):
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
-        try:
-            async with aclosing(self._events()) as events:
-                async for event in events:
-                    await send(_body(event, more_body=True))
-        except Exception:  # a bug: the client is told so; it is counted and logged further up
-            last = b"".join(self._telling.fail(INTERNAL_ERROR))
-            await send(_body(last, more_body=False))
-            raise
-        await send(_body(b"", more_body=False))
-
-    async def _events(self) -> AsyncGenerator[bytes, None]:
         telling = self._telling
         try:
-            for event in (*telling.begin(), *telling.push(self._first)):
-                yield event
+            await send(_body((*telling.begin(), *telling.push(self._first)), more_body=True))
             async for piece in self._pieces:
-                for event in telling.push(piece):
-                    yield event
+                events = telling.push(piece)
+                if events:
+                    await send(_body(events, more_body=True))
+            last = telling.end()
         except KvferryError as error:
             self._metrics.failed(error.status, error.code)
             last = telling.fail(error)
-        else:
-            last = telling.end()
-        for event in last:
-            yield event
+        except Exception:  # a bug: the client is told so; it is counted and logged further up
+            await send(_body(telling.fail(INTERNAL_ERROR), more_body=False))
+            raise
+        await send(_body(last, more_body=False))
 
 
 def server_sent(content: dict[str, Any], name: str = "") -> bytes:
     """One event, with a name if it has one."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    if not text.isascii():
-        text = text.translate(UNICODE_LINE_ENDS)
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {text}\n\n".encode()
+    return f"{head}data: {event_json(content)}\n\n".encode()
 
 
-def _body(content: bytes, *, more_body: bool) -> Message:
-    return {"type": "http.response.body", "body": content, "more_body": more_body}
+def event_json(content: dict[str, Any]) -> str:
+    """JSON that an event may hold."""
+    text = _JSON.encode(content)
+    return text if text.isascii() else text.translate(UNICODE_LINE_ENDS)
+
+
+def _body(events: Sequence[bytes], *, more_body: bool) -> Message:
+    return {"type": "http.response.body", "body": b"".join(events), "more_body": more_body}

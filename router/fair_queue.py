@@ -4,29 +4,42 @@ Every entry has a start tag: the virtual time at which its client may begin it. 
 tag is the last one plus the last cost, so that of two clients who both wait, each gets its share
 of the cost served, whatever the other adds (Goyal, Vin and Cheng, "Start-time Fair Queuing",
 1996). An idle client saves nothing up: it begins at the present virtual time. An entry taken out
-unserved costs its client nothing. Pure state: no clock.
+unserved costs its client nothing. A priority orders a client's own entries, the lowest first, and
+gives it no turn of another's. Pure state: no clock.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry(Generic[T]):
+    priority: int
+    cost: float
+    item: T
+
+
 @dataclass(slots=True)
 class _Lane(Generic[T]):
-    """One client's entries, oldest first: (cost, item)."""
+    """One client's entries, by priority, then oldest first."""
 
     start: float  # tag of the first
-    entries: deque[tuple[float, T]] = field(default_factory=deque)
+    entries: list[_Entry[T]] = field(default_factory=list)
     cost: float = 0.0  # of all
 
     @property
     def last_start(self) -> float:
-        return self.start + self.cost - self.entries[-1][0]
+        return self.start + self.cost - self.entries[-1].cost
+
+    def next_start(self, priority: int) -> float:
+        """Tag of a new entry."""
+        return self.start + sum(e.cost for e in self.entries if e.priority <= priority)
 
 
 class FairQueue(Generic[T]):
@@ -41,20 +54,20 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._length
 
-    def push(self, client: str, cost: float, item: T) -> None:
-        """Add an item behind its client's others."""
+    def push(self, client: str, cost: float, item: T, priority: int = 0) -> None:
+        """Add an item behind its client's others of the same priority."""
         lane = self._lanes.get(client)
         if lane is None:
             lane = self._lanes[client] = _Lane(self._next_start(client))
             self._owed.pop(client, None)
-        lane.entries.append((cost, item))
+        insort(lane.entries, _Entry(priority, cost, item), key=attrgetter("priority"))
         lane.cost += cost
         self._length += 1
 
     def head(self) -> T | None:
         """The item whose turn it is; None when nothing waits."""
         lane = self._first()
-        return lane[1].entries[0][1] if lane else None
+        return lane[1].entries[0].item if lane else None
 
     def pop(self) -> T:
         """Take out the item whose turn it is. Raises IndexError when nothing waits."""
@@ -62,53 +75,61 @@ class FairQueue(Generic[T]):
         if first is None:
             raise IndexError("nothing waits")
         client, lane = first
-        cost, item = lane.entries.popleft()
+        entry = lane.entries.pop(0)
         self._virtual = lane.start
-        lane.start += cost
-        self._shrink(client, lane, cost)
-        return item
+        lane.start += entry.cost
+        self._shrink(client, lane, entry.cost)
+        return entry.item
 
     def remove(self, client: str, item: T) -> bool:
         """Take out an item that will not be served; False if it does not wait."""
         lane = self._lanes.get(client)
-        entry = next((e for e in lane.entries if e[1] == item), None) if lane else None
+        entry = next((e for e in lane.entries if e.item == item), None) if lane else None
         if lane is None or entry is None:
             return False
         lane.entries.remove(entry)
-        self._shrink(client, lane, entry[0])
+        self._shrink(client, lane, entry.cost)
         return True
 
-    def ahead_of(self, client: str) -> list[T]:
+    def ahead_of(self, client: str, priority: int = 0) -> list[T]:
         """The items whose turn comes before that of a new one of ``client``."""
-        lane = self._lanes.get(client)
-        start = self._next_start(client) if lane is None else lane.start + lane.cost
+        start = self._start_of(client, priority)
         ahead: list[T] = []
-        for other in self._lanes.values():
-            tag = other.start
-            for cost, item in other.entries:
-                if tag > start:
+        for name, lane in self._lanes.items():
+            tag = lane.start
+            for entry in lane.entries:
+                behind = entry.priority > priority if name == client else tag > start
+                if behind:
                     break
-                ahead.append(item)
-                tag += cost
+                ahead.append(entry.item)
+                tag += entry.cost
         return ahead
 
-    def last_behind(self, client: str) -> T | None:
+    def last_behind(self, client: str, priority: int = 0) -> T | None:
         """The item that waits longest from now, if a new one of ``client`` comes before it."""
-        if not self._lanes:
-            return None
-        mine = self._lanes.get(client)
-        start = self._next_start(client) if mine is None else mine.start + mine.cost
-        last = max(self._lanes.values(), key=lambda lane: lane.last_start)
-        return last.entries[-1][1] if last.last_start > start else None
+        start = self._start_of(client, priority)
+        behind = [
+            lane
+            for name, lane in self._lanes.items()
+            if (lane.entries[-1].priority > priority if name == client else lane.last_start > start)
+        ]
+        last = max(behind, key=attrgetter("last_start"), default=None)
+        return last.entries[-1].item if last else None
 
     def items(self) -> list[T]:
         """Everything that waits, client by client."""
-        return [item for lane in self._lanes.values() for _, item in lane.entries]
+        return [entry.item for lane in self._lanes.values() for entry in lane.entries]
 
     def _first(self) -> tuple[str, _Lane[T]] | None:
         return min(self._lanes.items(), key=lambda named: named[1].start, default=None)
 
+    def _start_of(self, client: str, priority: int) -> float:
+        """Tag of a new entry."""
+        lane = self._lanes.get(client)
+        return self._next_start(client) if lane is None else lane.next_start(priority)
+
     def _next_start(self, client: str) -> float:
+        """Tag of a client's first entry."""
         return max(self._virtual, self._owed.get(client, 0.0))
 
     def _shrink(self, client: str, lane: _Lane[T], cost: float) -> None:

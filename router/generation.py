@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from protocol.sampling import SamplingParams, TokenLogprobs
+from router.disaggregation import Mode
 from router.pools import Pools
 from router.timeline import Timeline
 
@@ -21,6 +22,8 @@ class GenerationRequest:
     timeout: float | None = None  # seconds the client gives it, if it says
     client: str = ""  # who asks, among whom the workers are shared fairly
     cache_salt: str = ""  # KV is shared only among requests with the same salt
+    priority: int = 0  # the lower, the earlier
+    traceparent: str = ""  # the client's W3C trace context, if it sent one
     timeline: Timeline = field(default_factory=Timeline, compare=False)  # written as it goes
 
 
@@ -34,6 +37,18 @@ class TokenChunk:
     # On the first chunk only:
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # if it asks; the first token: None
     num_cached_tokens: int | None = None  # prompt tokens whose KV was not computed
+
+    def followed_by(self, later: TokenChunk) -> TokenChunk:
+        """Both as one; ``later`` is not the first of its request."""
+        logprobs = None
+        if self.logprobs is not None or later.logprobs is not None:
+            logprobs = [*(self.logprobs or ()), *(later.logprobs or ())]
+        return replace(
+            self,
+            token_ids=[*self.token_ids, *later.token_ids],
+            finish_reason=later.finish_reason,
+            logprobs=logprobs,
+        )
 
 
 class Generator(Protocol):
@@ -67,6 +82,14 @@ class Generator(Protocol):
     @property
     def pools(self) -> Pools:
         """The sizes of both pools, and their change."""
+        ...
+
+    def disaggregation(self) -> dict[str, Any]:
+        """Who computes prompts, for ``GET /admin/disaggregation``."""
+        ...
+
+    def disaggregate(self, mode: Mode, local_tokens: int | None) -> None:
+        """Change that; see ``router.disaggregation``. Raises ConfigError."""
         ...
 
     def not_ready_reason(self) -> str | None:

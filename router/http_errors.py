@@ -22,6 +22,7 @@ INTERNAL_ERROR = KvferryError("internal error; the server's log has details")
 
 _CODES = {
     401: "invalid_api_key",
+    403: "admin_key_required",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",

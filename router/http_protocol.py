@@ -1,17 +1,27 @@
 """uvicorn's HTTP protocol with bounds on what comes before a body: its size and its time.
 
-``router.body`` bounds the bodies. Between requests uvicorn's keep-alive time-out holds.
+``router.body`` bounds the bodies. Between requests uvicorn's keep-alive time-out holds. Each
+request knows when its first byte was read (``first_byte_at``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
+from starlette.requests import Request
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10  # request line and headers
 HEAD_TIMEOUT = 30.0  # seconds from the connection, or a later request's first byte
+FIRST_BYTE_AT = "first_byte_at"  # in a request's state
+
+
+def first_byte_at(request: Request) -> float:
+    """When the request's first byte was read, in monotonic seconds."""
+    at: float = request.scope["state"][FIRST_BYTE_AT]
+    return at
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -43,6 +53,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Called by the parser at the first byte of a request."""
         super().on_message_begin()
+        self.scope["state"][FIRST_BYTE_AT] = time.monotonic()
         if self._head_timer is None:
             self._await_head()
 

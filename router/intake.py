@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from protocol.errors import (
@@ -58,20 +58,20 @@ class Intake:
             message = f"the model {name!r} does not exist; this is {self._served_model_name!r}"
             raise ModelNotFoundError(message, "model")
 
-    async def completion(self, body: CompletionBody) -> Job:
-        """The job of a completion request."""
-        arrived = time.monotonic()
+    async def completion(self, body: CompletionBody, received: float) -> Job:
+        """The job of a completion request whose first byte came at ``received`` (monotonic)."""
+        read = time.monotonic()
         self.check_model(body.model)
         special = True if body.add_special_tokens is None else body.add_special_tokens
         prompts = [await self._prompt_ids(prompt, special) for prompt in body.prompt]
-        return await self._job(body, prompts, arrived)
+        return await self._job(body, prompts, partial(Timeline.begun, received, read))
 
-    async def chat(self, body: ChatBody) -> Job:
-        """The job of a chat request."""
-        arrived = time.monotonic()
+    async def chat(self, body: ChatBody, received: float) -> Job:
+        """The job of a chat request whose first byte came at ``received`` (monotonic)."""
+        read = time.monotonic()
         self.check_model(body.model)
         prompt = await self._chat_ids(body.messages, body, bool(body.add_special_tokens))
-        return await self._job(body, [prompt], arrived)
+        return await self._job(body, [prompt], partial(Timeline.begun, received, read))
 
     async def tokenize(self, body: TokenizeBody) -> list[int]:
         """Token ids of a text or of a chat, as the other two count them."""
@@ -102,7 +102,9 @@ class Intake:
         self._text.check_token_ids(prompt, "prompt")
         return prompt
 
-    async def _job(self, body: GenerationBody, prompts: Sequence[list[int]], arrived: float) -> Job:
+    async def _job(
+        self, body: GenerationBody, prompts: Sequence[list[int]], timeline: Callable[[], Timeline]
+    ) -> Job:
         chat = isinstance(body, ChatBody)
         answer_id = f"{body.id_prefix}{secrets.token_hex(16)}"
         names = None if body.num_logprobs is None else self._token_bytes
@@ -122,7 +124,8 @@ class Intake:
                     sampling=sampling.model_copy(update={"seed": _seed(seed, sequence)}),
                     timeout=body.timeout,
                     cache_salt=body.cache_salt,
-                    timeline=Timeline(arrived),
+                    priority=body.priority,
+                    timeline=timeline(),
                 )
                 choices.append(Choice(request, self._output(body, len(choices), prompt, echo)))
         return Job(

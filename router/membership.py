@@ -4,14 +4,14 @@ A worker is lost when its connection is gone, which a killed process shows at th
 sent to it, when nothing has been heard of it for ``SILENCE`` (a frozen one, or one whose host is
 gone), or when one of its messages is missing: both ends count those about requests, and each
 heartbeat tells the other end how many it must have received, so that what a broken connection
-loses is noticed. It may come back at any time: nothing about a lost worker is remembered.
+loses is noticed. A router that is late itself blames nobody: its own lateness is no silence
+(``protocol.lateness``). A lost worker may come back at any time: nothing about it is remembered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
 from protocol.errors import WorkerNotFoundError
@@ -47,17 +47,22 @@ class Membership:
     """
 
     def __init__(
-        self, link: Server, router_id: str, on_lost: Callable[[Worker, bool], None]
+        self,
+        link: Server,
+        router_id: str,
+        on_lost: Callable[[Worker, bool], None],
+        clock: Callable[[], float],
     ) -> None:
         self.registry = Registry(SILENCE)
         self.pools = Pools(self.registry, lambda worker, ask: link.send(worker.peer, ask))
         self._link = link
         self._router_id = router_id
         self._on_lost = on_lost
+        self._clock = clock
 
     def handle(self, peer: bytes, message: MembershipMessage) -> None:
         """Take a worker's message about itself."""
-        now = time.monotonic()
+        now = self._clock()
         match message:
             case Register():
                 self._register(peer, message, now)
@@ -85,6 +90,7 @@ class Membership:
         worker = self.registry.get(peer)
         if worker is not None:
             worker.num_received += 1
+            worker.last_seen = self._clock()
         return worker
 
     def drain(self, worker_id: str) -> Worker:
@@ -105,13 +111,17 @@ class Membership:
     async def run(self) -> None:
         """Watch over the workers until cancelled."""
         while True:
-            for worker in self.registry.all():
-                if not self._beat(worker):
-                    self.lose(worker, "its connection is gone")
-            for worker in self.registry.expire(time.monotonic()):
-                self._report(worker, f"silent for {SILENCE:g} s")
-            self.pools.step()
+            self.watch()
             await asyncio.sleep(HEARTBEAT_INTERVAL)
+
+    def watch(self) -> None:
+        """Look after every worker once."""
+        for worker in self.registry.all():
+            if not self._beat(worker):
+                self.lose(worker, "its connection is gone")
+        for worker in self.registry.expire(self._clock()):
+            self._report(worker, f"silent for {SILENCE:g} s")
+        self.pools.step()
 
     def _beat(self, worker: Worker) -> bool:
         return self._link.send(worker.peer, RouterHeartbeat(num_sent=worker.num_sent))
@@ -134,7 +144,11 @@ class Membership:
             self.lose(rival, "its connection is gone")
         replaced = self.registry.register(peer, info, now)
         log.info("worker %s joined as %s", info.worker_id, info.role)
-        answer = Registered(router_id=self._router_id, heartbeat_interval=HEARTBEAT_INTERVAL)
+        answer = Registered(
+            router_id=self._router_id,
+            session=info.session,
+            heartbeat_interval=HEARTBEAT_INTERVAL,
+        )
         self._link.send(peer, answer)  # before any request: the worker ignores what comes earlier
         for worker in replaced:
             if worker.next_role is None:

@@ -25,10 +25,14 @@ SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 30
 class RouterMetrics:
     """All of the router's series, and what the console shows of the same sequences.
 
-    Names follow vLLM's, with the prefix ``kvferry_``.
+    Names follow vLLM's, with the prefix ``kvferry_``. ``on_end`` is told of every sequence that is
+    over.
     """
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, on_end: Callable[[Record], None] | None = None
+    ) -> None:
+        self.on_end = on_end
         self.activity = Activity(time.monotonic())
         self.log = RequestLog()
         self.workload = WorkloadLog()
@@ -129,8 +133,12 @@ class SequenceTimer:
     def __init__(self, metrics: RouterMetrics, request: GenerationRequest) -> None:
         self._metrics = metrics
         self._timeline = request.timeline
-        self._record = Record(request.request_id, len(request.prompt_token_ids), request.timeline)
-        self._reason: str | None = None
+        self._record = Record(
+            request.request_id,
+            len(request.prompt_token_ids),
+            request.timeline,
+            request.traceparent,
+        )
 
     def __enter__(self) -> Self:
         now = time.monotonic()
@@ -142,13 +150,16 @@ class SequenceTimer:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         now = time.monotonic()
-        outcome = self._reason or _outcome(error)
+        reason = self._record.finish_reason
+        outcome = reason or _outcome(error)
         self._metrics.running.dec()
         self._metrics.log.end(self._record, outcome, now)
         if outcome != CANCELLED or self._timeline.tokens.count:
             self._metrics.workload.add(self._record)
-        if self._reason is None and outcome != CANCELLED:
+        if reason is None and outcome != CANCELLED:
             self._metrics.activity.failed(now)
+        if self._metrics.on_end is not None:
+            self._metrics.on_end(self._record)
 
     def tokens(self, count: int, num_cached_tokens: int | None = None) -> None:
         """``count`` tokens came together; with the first ones, how much prefill had cached."""
@@ -174,7 +185,7 @@ class SequenceTimer:
 
     def finished(self, reason: str) -> None:
         """The sequence ended well."""
-        self._reason = reason
+        self._record.finish_reason = reason
         now, tpot = time.monotonic(), self._timeline.time_per_output_token
         self._metrics.success.labels(finished_reason=reason).inc()
         self._metrics.latency.observe(now - self._timeline.received)

@@ -28,6 +28,7 @@ from router.capacity import (
 from router.registry import Registry, Worker
 
 SPREAD = 1.25  # times the mean of sequences that a decode worker may hold and still be preferred
+SLACK = 3  # sequences more, of a prompt all of which it holds: chats come in any order
 
 PolicyName = Literal["prefix-aware", "least-loaded", "power-of-two", "round-robin"]
 Key = Callable[[Worker], tuple[float, ...]]
@@ -103,18 +104,20 @@ def by_completion(_: Sequence[Worker], demand: Demand) -> Key:
 
 
 def by_transfer(pool: Sequence[Worker], demand: Demand) -> Key:
-    """The least KV to move, among workers with at most ``SPREAD`` times the mean of sequences + 1.
+    """The least KV to move, among workers with few enough sequences; else the fewest sequences.
 
-    Consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018), where the
-    cache decides in place of a hash. Among equals as ``by_sequences``.
+    Few enough is ``SPREAD`` times the mean and ``SLACK`` times the share of the prompt that the
+    worker holds: a beginning that all prompts have in common draws nobody. Consistent hashing with
+    bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018), where the cache decides in place of a
+    hash.
     """
-    total = sum(map(held_sequences, pool))
-    bound = SPREAD * (total + 1) / max(1, len(pool)) + 1
-    by_load = by_sequences(pool, demand)
+    mean = (sum(map(held_sequences, pool)) + 1) / max(1, len(pool))
 
     def key(worker: Worker) -> tuple[float, ...]:
-        over = held_sequences(worker) + 1 > bound
-        return over, 0 if over else uncached_tokens(worker, demand), *by_load(worker)
+        held, uncached = held_sequences(worker), uncached_tokens(worker, demand)
+        share = 1 - uncached / demand.num_tokens
+        over = held + 1 > SPREAD * mean + SLACK * share
+        return over, 0 if over else uncached, held, uncached, -free_blocks(worker)
 
     return key
 

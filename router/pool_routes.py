@@ -1,4 +1,4 @@
-"""``/admin/pools`` and the roles of workers: how many serve in which pool, and changing it."""
+"""``/admin/pools`` and who serves in them: how many, and changing it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 from starlette.requests import Request
 
+from protocol.errors import ConfigError, InvalidRequestError
 from protocol.messages import Role
 from router.body import read_body
+from router.disaggregation import Mode
 from router.generation import Generator
 from router.schema_base import Body
 
@@ -28,6 +30,13 @@ class PoolsBody(Body):
     decode: Size
 
 
+class DisaggregationBody(Body):
+    """Who is to compute prompts; without ``local_prefill_tokens`` auto goes by measurements."""
+
+    mode: Mode
+    local_prefill_tokens: Size | None = None
+
+
 class RoleBody(Body):
     """The role that a worker is to take."""
 
@@ -35,12 +44,23 @@ class RoleBody(Body):
 
 
 def pool_routes(generator: Generator) -> APIRouter:
-    """All of them, for ``/admin``. A change goes on after its answer; ``/pools`` tells how far."""
+    """What tells, for ``/admin``."""
     routes = APIRouter()
 
     @routes.get("/pools")
     async def pools() -> Response:
         return JSONResponse(generator.pools.present())
+
+    @routes.get("/disaggregation")
+    async def disaggregation() -> Response:
+        return JSONResponse(generator.disaggregation())
+
+    return routes
+
+
+def pool_changes(generator: Generator) -> APIRouter:
+    """What changes, for ``/admin``. A change goes on after its answer; ``/pools`` tells how far."""
+    routes = APIRouter()
 
     @routes.post("/pools")
     async def resize(request: Request) -> Response:
@@ -48,11 +68,24 @@ def pool_routes(generator: Generator) -> APIRouter:
         generator.pools.resize(body.prefill, body.decode)
         return JSONResponse(generator.pools.present())
 
+    @routes.post("/disaggregation")
+    async def disaggregate(request: Request) -> Response:
+        body = await _read(request, DisaggregationBody)
+        try:
+            generator.disaggregate(body.mode, body.local_prefill_tokens)
+        except ConfigError as error:
+            raise InvalidRequestError(str(error), "local_prefill_tokens") from error
+        return JSONResponse(generator.disaggregation())
+
     @routes.post("/workers/{worker_id:path}/role")
     async def flip(worker_id: str, request: Request) -> Response:
         body = await _read(request, RoleBody)
         generator.pools.flip(worker_id, body.role)
         return JSONResponse(generator.pools.present())
+
+    @routes.post("/workers/{worker_id:path}/drain")
+    async def drain(worker_id: str) -> Response:
+        return JSONResponse(generator.drain(worker_id))
 
     return routes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from protocol.lateness import Lateness
 from protocol.messages import Heartbeat, Register, Role, WorkerLoad
 from router.cached_blocks import CachedBlocks
 from router.worker_states import TRANSITIONS, WorkerEvent, WorkerState
@@ -23,11 +24,16 @@ class Assignment:
     begun: bool  # it takes room on the worker
     prompt_tokens: int = 0  # that the worker computes and has not cached, until its first token
     reported: bool = False  # and the worker's load includes it
+    taken_blocks: int = 0  # by the worker's load
+    coming_blocks: int = 0  # promised beside those
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One registered worker and the attempts it holds, by id."""
+    """One registered worker and the attempts it holds, by id.
+
+    What they sum up to is kept, since every request compares all workers.
+    """
 
     peer: bytes
     info: Register
@@ -42,6 +48,11 @@ class Worker:
     foreign_tokens: int = 0  # prompt tokens that other routers queued there
     foreign_sequences: int = 0
     returned_blocks: int = 0  # by attempts that have ended since the last report
+    # Of the attempts that this router gave it:
+    num_prompts: int = 0  # to compute
+    assigned_tokens: int = 0  # of those prompts
+    unreported_tokens: int = 0  # of those that its load does not include
+    promised_blocks: int = 0  # that they are yet to take
     num_sent: int = 0  # messages about requests, to the worker
     num_received: int = 0  # and from it
 
@@ -52,11 +63,6 @@ class Worker:
     def worker_id(self) -> str:
         """The id the worker registered under."""
         return self.info.worker_id
-
-    @property
-    def assigned_tokens(self) -> int:
-        """Prompt tokens of the attempts that this router gave it to compute."""
-        return sum(assignment.prompt_tokens for assignment in self.assigned.values())
 
     def advance(self, event: WorkerEvent, next_role: Role | None = None) -> None:
         """Go by ``router.worker_states``. Raises ValueError for what cannot be in this state."""
@@ -72,18 +78,55 @@ class Worker:
     def report(self, load: WorkerLoad) -> None:
         """The worker has told its load."""
         self.load, self.full, self.returned_blocks = load, False, 0
+        self.cached.reported()
         self.foreign_sequences = max(0, load.num_promised - len(self.assigned))
         # Workers report prompts that wait as a whole: what is cached shows when they start.
-        own = sum(a.num_tokens for a in self.assigned.values() if a.prompt_tokens)
+        prompts = (a for a in self.assigned.values() if a.prompt_tokens)
+        own = sum(a.num_tokens if load.num_waiting else a.prompt_tokens for a in prompts)
         self.foreign_tokens = max(0, load.waiting_tokens - own)
         for assignment in self.assigned.values():
+            self._count(assignment, -1)
             assignment.reported |= assignment.begun
+            self._promise(assignment)
+            self._count(assignment, 1)
+
+    def give(self, attempt_id: str, assignment: Assignment) -> None:
+        """It is given an attempt, which counts from now on."""
+        self.assigned[attempt_id] = assignment
+        self._promise(assignment)
+        self._count(assignment, 1)
+
+    def goes_on(self, attempt_id: str, num_tokens: int) -> None:
+        """An attempt, if it is there, has generated tokens: its prompt is computed."""
+        assignment = self.assigned.get(attempt_id)
+        if assignment is None:
+            return
+        assignment.num_tokens, assignment.begun = num_tokens, True
+        if assignment.prompt_tokens:
+            self._count(assignment, -1)
+            assignment.prompt_tokens = 0
+            self._count(assignment, 1)
 
     def end(self, attempt_id: str) -> None:
         """An attempt is over on this worker, if it was there."""
         assignment = self.assigned.pop(attempt_id, None)
-        if assignment is not None and assignment.reported:
-            self.returned_blocks += self.blocks_for(assignment.num_tokens)
+        if assignment is not None:
+            self._count(assignment, -1)
+            self.returned_blocks += assignment.taken_blocks
+
+    def _promise(self, assignment: Assignment) -> None:
+        num_tokens = assignment.num_tokens
+        needed = self.blocks_for(max(assignment.expected_tokens, num_tokens))
+        assignment.taken_blocks = self.blocks_for(num_tokens) if assignment.reported else 0
+        assignment.coming_blocks = needed - assignment.taken_blocks
+
+    def _count(self, assignment: Assignment, sign: int) -> None:
+        self.promised_blocks += sign * assignment.coming_blocks
+        if assignment.prompt_tokens:
+            self.num_prompts += sign
+            self.assigned_tokens += sign * assignment.prompt_tokens
+            if not assignment.reported:
+                self.unreported_tokens += sign * assignment.prompt_tokens
 
     def row(self) -> dict[str, Any]:
         """The worker as ``GET /admin/workers`` shows it."""
@@ -113,9 +156,9 @@ class Registry:
     """Workers by their link identity."""
 
     def __init__(self, timeout: float) -> None:
-        self._timeout = timeout  # seconds without a heartbeat until a worker is lost
+        self._timeout = timeout  # seconds without a word until a worker is lost
+        self._lateness = Lateness(timeout)
         self._workers: dict[bytes, Worker] = {}
-        self._checked: float | None = None  # when ``expire`` was last called
         self._num_given = 0  # attempts
 
     def all(self) -> list[Worker]:
@@ -168,7 +211,7 @@ class Registry:
         """A worker is given an attempt: it counts from now on, before any report."""
         self._num_given += 1
         worker.turn = self._num_given
-        worker.assigned[attempt_id] = assignment
+        worker.give(attempt_id, assignment)
 
     def leave(self, peer: bytes, next_role: Role | None = None) -> None:
         """The worker takes no new requests, in its present role or at all."""
@@ -193,14 +236,12 @@ class Registry:
     def expire(self, now: float) -> list[Worker]:
         """Remove and return the workers that have been silent for too long.
 
-        To be called often: a pause between two calls is the router's own and counts as nobody's
-        silence, since heartbeats may be waiting to be read.
+        To be called often, as ``Lateness`` asks. By as much as a call comes late,
+        every worker is given longer: what it has said may be waiting to be read.
         """
-        pause = now - self._checked if self._checked is not None else 0.0
-        self._checked = now
-        if pause > self._timeout / 2:
-            for worker in self._workers.values():
-                worker.last_seen += pause
+        late = self._lateness.look(now)
+        for worker in self._workers.values():
+            worker.last_seen = min(now, worker.last_seen + late)
         lost = [w for w in self._workers.values() if now - w.last_seen > self._timeout]
         for worker in lost:
             self._forget(worker)

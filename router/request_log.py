@@ -1,5 +1,7 @@
 """The sequences that an operator may ask about: those under way, recent ones, the slowest.
 
+Each one that ends is one line of the process's log.
+
 Bounded whatever the load: under way are at most as many as the router admits, recent are the
 last ``MAX_RECENT``, and of each of the last ten minutes the ten whose clients waited longest for
 a token are kept.
@@ -8,13 +10,17 @@ a token are kept.
 from __future__ import annotations
 
 import heapq
+import logging
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from protocol.errors import RequestNotFoundError
+from protocol.logs import about
 from router.timeline import Timeline
+
+log = logging.getLogger(__name__)
 
 MAX_RECENT = 1000
 MINUTE = 60.0  # seconds
@@ -29,7 +35,9 @@ class Record:
     sequence_id: str  # the answer's id and the sequence's number in it
     num_prompt_tokens: int
     timeline: Timeline
+    traceparent: str = ""  # the client's W3C trace context, if it sent one
     num_cached_tokens: int | None = None  # prompt tokens that prefill did not compute
+    finish_reason: str | None = None  # of one that ended well
     outcome: str | None = None  # finish reason, error code or "cancelled"; None: under way
 
     @property
@@ -47,6 +55,31 @@ class Record:
             "cached_tokens": self.num_cached_tokens,
             **self.timeline.summary(now),
         }
+
+    def line(self) -> tuple[str, dict[str, Any]]:
+        """What the log says of a sequence that is over: in words, and its fields."""
+        times = self.timeline
+        assert times.ended is not None
+        stages: dict[str, float] = {}  # ms, of all attempts together
+        for stage in times.stages(times.ended):
+            stages[stage.name] = stages.get(stage.name, 0.0) + stage.seconds * 1e3
+        prefill, decode = times.attempts[-1] if times.attempts else (None, None)
+        fields = {
+            "sequence": self.sequence_id,
+            "outcome": self.outcome,
+            "path": None if decode is None else "remote" if prefill else "local",
+            "prefill_worker": prefill,
+            "decode_worker": decode,
+            "attempts": len(times.attempts),
+            "prompt_tokens": self.num_prompt_tokens,
+            "cached_tokens": self.num_cached_tokens,
+            "output_tokens": times.tokens.count,
+            "stages_ms": {name: round(ms, 3) for name, ms in stages.items()},
+        }
+        where = " and ".join(worker for worker in (prefill, decode) if worker) or "no worker"
+        spent = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())
+        tokens = f"{self.num_prompt_tokens} + {times.tokens.count} tokens"
+        return f"{self.outcome}: {tokens} on {where}; ms: {spent}", fields
 
 
 @dataclass(slots=True)
@@ -88,6 +121,10 @@ class RequestLog:
         if not self._slow or self._slow[-1].number != minute:
             self._slow.append(_SlowMinute(minute))
         self._slow[-1].add(self._num_ended, record, record.timeline.longest_wait(now))
+        if log.isEnabledFor(logging.INFO):
+            words, fields = record.line()
+            extra = about(record.sequence_id, **fields)
+            log.info("request %s %s", record.sequence_id, words, extra=extra)
 
     def stages(self) -> dict[str, int]:
         """How many sequences are in each stage now."""

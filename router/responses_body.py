@@ -20,10 +20,11 @@ MAX_METADATA = 16  # pairs, as at OpenAI
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(ChatBody.model_fields, ()),
     **UNSUPPORTED,
+    "access_programs": (),
     "context_management": ([],),
     "conversation": (),
+    "image": (),
     "include": ([], ["reasoning.encrypted_content"]),  # thoughts are given in clear
-    "moderation": (),
     "prompt": (),
     "stream_options": ({"include_obfuscation": False},),
     "top_logprobs": (0,),

@@ -13,6 +13,7 @@ from protocol.errors import InvalidRequestError, KvferryError
 from router.event_stream import EventStream, server_sent
 from router.generation import Generator
 from router.http_errors import INTERNAL_ERROR
+from router.http_protocol import first_byte_at
 from router.intake import Intake
 from router.metrics import RouterMetrics
 from router.output import Piece
@@ -37,7 +38,8 @@ def responses_routes(
     async def create(request: Request) -> Response:
         body = await read(request, ResponsesBody)
         client: str = request.state.client
-        job = (await _job(intake, body)).asked_by(client)
+        job = await _job(intake, body, first_byte_at(request))
+        job = job.asked_by(client, request.headers.get("traceparent", ""))
         pieces = run(job, generator, metrics)
         output = ResponseOutput(job.head, body, job.num_prompt_tokens)
         if body.background:
@@ -97,9 +99,9 @@ class ResponseEvents:
         return _encoded(events)
 
 
-async def _job(intake: Intake, body: ResponsesBody) -> Job:
+async def _job(intake: Intake, body: ResponsesBody, received: float) -> Job:
     try:
-        return await intake.chat(body.chat())
+        return await intake.chat(body.chat(), received)
     except InvalidRequestError as error:
         if error.param == "messages":  # the chat template's word
             error.param = "input"

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 
-from protocol.errors import KvferryError
 from router.cached_blocks import PrefixKeys, PromptPrefix, no_prefix
-from router.generation import GenerationRequest, TokenChunk
+from router.generation import GenerationRequest
 from router.lifecycle import RequestLifecycle
+from router.outbox import Outbox
 from router.policy import Pair
 
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """One request. Its output queue is bounded by its ``max_tokens``."""
+    """One request."""
 
     request: GenerationRequest
     lifecycle: RequestLifecycle
     deadline: float
     waiting_since: float  # for its present turn
     pair: Pair | None = None  # of the present attempt
-    prefix: PrefixKeys = field(init=False)
-    output: asyncio.Queue[TokenChunk | KvferryError] = field(default_factory=asyncio.Queue)
+    prompt: PromptPrefix = field(init=False)
+    output: Outbox = field(default_factory=Outbox)
 
     def __post_init__(self) -> None:
-        self.prefix = PromptPrefix(self.request.prompt_token_ids, self.request.cache_salt)
-        if self.request.sampling.prompt_logprobs is not None:  # then all of it is computed
-            self.prefix = no_prefix
+        self.prompt = PromptPrefix(self.request.prompt_token_ids, self.request.cache_salt)
+
+    @property
+    def prefix(self) -> PrefixKeys:
+        """What may be cached of the prompt: nothing where all of it is computed."""
+        return self.prompt if self.request.sampling.prompt_logprobs is None else no_prefix
 
     @property
     def num_tokens(self) -> int:

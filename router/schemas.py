@@ -1,7 +1,8 @@
 """The bodies of requests: OpenAI's fields, and vLLM's extensions under vLLM's names.
 
-Null means absent. Unknown fields are ignored, as OpenAI does, but a known one that is not
-supported and would change the answer is refused by name. Types are strict: "5" is no number.
+Null means absent. Unknown fields are ignored, as by vLLM, but a known one that is not supported
+and would change the answer is refused by name. Types are strict: "5" is no number. ``docs/api.md``
+lists all fields.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from protocol.errors import InvalidRequestError
+from protocol.messages import Priority
 from router.chat_message import ChatMessage
 from router.schema_base import Body, refuse
 from router.structured_output import StructuredOptions
@@ -37,14 +39,19 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "guided_whitespace_pattern": (),
+    "include_reasoning": (True,),
+    "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "max_completion_tokens": (),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "priority": (0,),
+    "moderation": (),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "reasoning_effort": (),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
     "structural_tag": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -53,6 +60,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": (),
+    "vllm_xargs": ({},),
     "web_search_options": (),
 }
 
@@ -117,6 +125,7 @@ class SamplingOptions(Body):
     add_special_tokens: bool | None = None  # default: text yes, rendered chats no
     logit_bias: dict[str, Bias] = Field(default_factory=dict, max_length=MAX_BIASES)
     cache_salt: str = Field("", max_length=256)  # KV is shared only under the same salt
+    priority: Priority = 0
 
 
 class GenerationBody(SamplingOptions, StructuredOptions):

@@ -22,6 +22,8 @@ from router.metrics import RouterMetrics, SequenceTimer
 from router.output import Output, Piece
 from router.timeline import FIRST_SEQUENCE
 
+TRACEPARENT_LENGTH = 55  # as W3C's trace context says; later versions begin the same
+
 T = TypeVar("T")
 
 
@@ -56,22 +58,28 @@ class Job:
         """Prompt tokens that the piece says were not computed; a prompt's first sequence tells."""
         return 0 if piece.index % self.num_sequences else piece.num_cached_tokens
 
-    def asked_by(self, client: str) -> Job:
-        """The same job, waiting for its turn under a client's name."""
+    def asked_by(self, client: str, traceparent: str = "") -> Job:
+        """The same job, waiting for its turn under a client's name, part of the client's trace."""
+        parent = traceparent[:TRACEPARENT_LENGTH]
         choices = [
-            replace(choice, request=replace(choice.request, client=client))
+            replace(choice, request=replace(choice.request, client=client, traceparent=parent))
             for choice in self.choices
         ]
         return replace(self, choices=choices)
 
 
-async def run(
+def run(job: Job, generator: Generator, metrics: RouterMetrics) -> AsyncGenerator[Piece, None]:
+    """The pieces of all choices as they come. Raises KvferryError."""
+    if len(job.choices) == 1:
+        return _run_choice(job.choices[0], generator, metrics)
+    return _run_choices(job, generator, metrics)
+
+
+async def _run_choices(
     job: Job, generator: Generator, metrics: RouterMetrics
 ) -> AsyncGenerator[Piece, None]:
-    """The pieces of all choices as they come. Raises KvferryError.
-
-    A prompt's other sequences start when decode has given its first one a token, or it has ended:
-    only then both pools have the prompt's KV in their caches.
+    """A prompt's other sequences start when decode has given its first one a token, or it has
+    ended: only then both pools have the prompt's KV in their caches.
     """
     begun = [asyncio.Event() for _ in job.choices[:: job.num_sequences]]  # one a prompt
     streams = []
@@ -81,8 +89,7 @@ async def run(
         if sequence > 0:
             choice.request.timeline.enter(FIRST_SEQUENCE, time.monotonic())
         streams.append(_in_turn(pieces, begun[prompt], leads=sequence == 0))
-    merged = streams[0] if len(streams) == 1 else _interleave(streams)
-    async with aclosing(merged):
+    async with aclosing(_interleave(streams)) as merged:
         async for piece in merged:
             yield piece
 
@@ -108,17 +115,19 @@ async def _run_choice(
         async with aclosing(generator.generate(choice.request)) as chunks:
             async for chunk in chunks:
                 piece = choice.output.push(chunk)
+                yield piece  # which comes back when the piece was written to the client
                 timer.tokens(len(piece.token_ids), chunk.num_cached_tokens)
                 if piece.finish_reason is not None:
                     timer.finished(piece.finish_reason)
-                yield piece
-                if piece.finish_reason is not None:
                     return
     raise KvferryError("the output ended without a finish reason")
 
 
 async def _interleave(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """Items of several streams in the order in which they come."""
+    """Items of several streams in the order in which they come.
+
+    A stream goes on when its item has been used, as if there were no others.
+    """
     waiting = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
     try:
         while waiting:
@@ -129,8 +138,8 @@ async def _interleave(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenera
                     item = task.result()
                 except StopAsyncIteration:
                     continue
-                waiting[asyncio.ensure_future(anext(stream))] = stream
                 yield item
+                waiting[asyncio.ensure_future(anext(stream))] = stream
     finally:
         for task in waiting:
             task.cancel()

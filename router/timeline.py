@@ -1,8 +1,8 @@
 """Where a sequence's time went, on the router's monotonic clock.
 
-    received ── tokenise ── router_queue ── prefill ── deliver ── decode ── deliver ── ended
-                                                              ^
-                                                         first token
+    received ── receive ── tokenise ── router_queue ── prefill ── deliver ── decode ── ended
+                                                                          ^
+                                                                     first token
 
     prefill: to_prefill ── prefill_queue ── grant ── prefill
     decode:  transfer ── first_step ── decode
@@ -11,8 +11,9 @@ Where decode computes the prompt itself there is no ``prefill_queue``, ``transfe
 ``first_step``, and ``grant`` is its wait for memory.
 
 One stage follows another without a gap, so the stages up to the first token add up to the time
-to first token as the client's stream sees it. An attempt that is begun anew waits and prefills
-again. ``deliver`` is the router's own time: from a token's arrival at the router to its event.
+to first token as the client's stream sees it: ``receive`` is from the request's first byte until
+its body has come and is valid, and ``deliver`` from a token's arrival at the router until its
+event is written to the client's socket. An attempt that is begun anew waits and prefills again.
 Of several sequences from one prompt the others wait (``first_sequence``) for the first one's KV.
 """
 
@@ -22,18 +23,22 @@ import time
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 MAX_TIMES = 512  # token times kept of one sequence; even
 DIGITS = 6  # microseconds
 
+RECEIVE = "receive"
 TOKENISE = "tokenise"
 FIRST_SEQUENCE = "first_sequence"
 ROUTER_QUEUE = "router_queue"
 PREFILL = "prefill"
 DELIVER = "deliver"
 DECODE = "decode"
+DECODE_STAGES = {"transfer", "first_step", DECODE}
+PREFILL_STAGES = {"to_prefill", "prefill_queue", "grant", PREFILL}
 UNACCOUNTED = {PREFILL: "to_prefill", DECODE: "transfer"}  # of a stage, before a worker's account
+WAITING_OR_COMPUTING = {FIRST_SEQUENCE, ROUTER_QUEUE, "prefill_queue", "grant", PREFILL}
 
 
 class Stage(NamedTuple):
@@ -42,6 +47,7 @@ class Stage(NamedTuple):
     name: str
     start: float  # monotonic seconds
     seconds: float
+    attempt: int = 0  # whose it is, counted from 1; 0: before any
 
 
 class TokenTimes:
@@ -70,7 +76,7 @@ class Timeline:
     """One sequence, from the arrival of its request."""
 
     received: float = field(default_factory=time.monotonic)
-    received_at: float = field(default_factory=time.time)  # Unix seconds
+    received_at: float = field(init=False)  # Unix seconds
     first_token: float | None = None
     last_token: float | None = None
     longest_gap: float = 0.0  # seconds between tokens that came one after the other
@@ -78,11 +84,23 @@ class Timeline:
     attempts: list[tuple[str | None, str]] = field(default_factory=list)  # prefill, decode worker
     tokens: TokenTimes = field(default_factory=TokenTimes)
     _stages: list[Stage] = field(default_factory=list)  # that are over
-    _stage: str = TOKENISE  # the present one
+    _stage: str = RECEIVE  # the present one
     _since: float = field(init=False)
+    _token_came: float | None = None  # the first one, to the router
 
     def __post_init__(self) -> None:
         self._since = self.received
+        self.received_at = time.time() - (time.monotonic() - self.received)
+
+    @classmethod
+    def begun(cls, received: float, read: float) -> Self:
+        """Of a request whose first byte came at ``received`` and whose body was valid at ``read``.
+
+        Monotonic seconds.
+        """
+        timeline = cls(received)
+        timeline.enter(TOKENISE, read)
+        return timeline
 
     @property
     def stage(self) -> str:
@@ -90,9 +108,11 @@ class Timeline:
         return self._stage
 
     def enter(self, name: str, now: float) -> None:
-        """A stage begins, which ends the one before."""
+        """A stage begins, which ends the one before. The first token comes with ``decode``."""
+        if name == DECODE and self._token_came is None:
+            self._token_came = now
         if now > self._since or not self._stages:
-            self._stages.append(Stage(self._stage, self._since, now - self._since))
+            self._add(self._stage, self._since, now - self._since)
         self._stage, self._since = name, now
 
     def account(self, parts: Mapping[str, float], now: float) -> float:
@@ -105,22 +125,26 @@ class Timeline:
             return 0.0
         begun = max(self._since, now - sum(parts.values()))
         before = begun - self._since
-        self._stages.append(Stage(UNACCOUNTED[self._stage], self._since, before))
+        self._add(UNACCOUNTED[self._stage], self._since, before)
         for name, seconds in parts.items():
             taken = min(seconds, now - begun)
-            self._stages.append(Stage(name, begun, taken))
+            self._add(name, begun, taken)
             begun += taken
         self._since = now
         return before
 
     def deliver(self, count: int, now: float) -> None:
-        """``count`` tokens, at least one, are ready for the client."""
+        """``count`` tokens, at least one, were written to the client.
+
+        Whatever happens meanwhile, from the first token's arrival on it is this that is awaited.
+        """
         if self.last_token is None:
             self.first_token = now
-            if self._stages and self._stages[-1].name == DECODE:  # it came while that one lasted
-                self._since = self._stages.pop().start
-            following, self._stage = self._stage, DELIVER
-            self.enter(following, now)
+            came = self._since if self._token_came is None else self._token_came
+            while self._stages and self._stages[-1].start >= came:
+                self._stages.pop()
+            self._add(DELIVER, came, now - came)
+            self._since = now
         else:
             self.longest_gap = max(self.longest_gap, now - self.last_token)
         self.last_token = now
@@ -135,12 +159,41 @@ class Timeline:
         """Every stage in order; the present one of a sequence that goes on lasts until ``now``."""
         if self.ended is not None:
             return list(self._stages)
-        return [*self._stages, Stage(self._stage, self._since, now - self._since)]
+        present = Stage(self._stage, self._since, now - self._since, len(self.attempts))
+        return [*self._stages, present]
+
+    def worker(self, stage: Stage) -> str | None:
+        """Who had the sequence in this stage; None: the router."""
+        if stage.attempt == 0:
+            return None
+        prefill, decode = self.attempts[stage.attempt - 1]
+        if stage.name in DECODE_STAGES:
+            return decode
+        return (prefill or decode) if stage.name in PREFILL_STAGES else None
+
+    def unix(self, monotonic: float) -> float:
+        """A time of this timeline in Unix seconds."""
+        return self.received_at + (monotonic - self.received)
+
+    def _add(self, name: str, start: float, seconds: float) -> None:
+        self._stages.append(Stage(name, start, seconds, len(self.attempts)))
 
     @property
     def time_to_first_token(self) -> float | None:
         """Seconds; None before it."""
         return None if self.first_token is None else self.first_token - self.received
+
+    @property
+    def overhead(self) -> float | None:
+        """Seconds of the time to first token spent neither waiting for resources nor computing."""
+        if self.first_token is None:
+            return None
+        counted = sum(
+            stage.seconds
+            for stage in self._stages
+            if stage.start < self.first_token and stage.name in WAITING_OR_COMPUTING
+        )
+        return self.first_token - self.received - counted
 
     @property
     def time_per_output_token(self) -> float | None:

@@ -1,4 +1,5 @@
-"""``/admin/workload`` and ``/admin/what-if``: what came, and what other pools would make of it.
+"""``/admin/workload``, ``/admin/latency-model`` and ``/admin/what-if``: what came, what a worker's
+steps take, and what other pools would make of it.
 
 The router only asks: the prediction is injected, since planner and router never import one
 another, and is made in another process, since it computes.
@@ -44,11 +45,15 @@ class WhatIfBody(Body):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked, the sequences to ask it of, and the present workers' rows."""
+    """What is asked, the sequences to ask it of, and the present workers' rows.
 
-    asked: WhatIfBody
+    Nothing asked: what the latency model is.
+    """
+
+    asked: WhatIfBody | None
     workload: list[Observed]
     workers: list[dict[str, Any]]
+    local_prefill_tokens: int = 0  # the longest prompt that decode computes itself
 
 
 # The answer's JSON. Raises InvalidRequestError when there is too little to go by, DeadlineError.
@@ -56,7 +61,7 @@ Predictor = Callable[[Question], Awaitable[dict[str, Any]]]
 
 
 def what_if_routes(generator: Generator, log: WorkloadLog, predict: Predictor) -> APIRouter:
-    """Both, for ``/admin``."""
+    """All of them, for ``/admin``."""
     routes = APIRouter()
 
     @routes.get("/workload")
@@ -65,11 +70,17 @@ def what_if_routes(generator: Generator, log: WorkloadLog, predict: Predictor) -
         rows = log.window(seconds, time.monotonic())
         return JSONResponse({"seconds": seconds, "columns": Observed._fields, "rows": rows})
 
+    @routes.get("/latency-model")
+    async def latency_model() -> Response:
+        workload = log.window(DEFAULT_SECONDS, time.monotonic(), MAX_PREDICTED)
+        return JSONResponse(await predict(Question(None, workload, generator.workers())))
+
     @routes.post("/what-if")
     async def what_if(request: Request) -> Response:
         body = await read_body(request, WhatIfBody, max_bytes=MAX_BODY, seconds=BODY_TIMEOUT)
         workload = log.window(body.seconds, time.monotonic(), MAX_PREDICTED)
-        question = Question(body, workload, generator.workers())
+        local: int = generator.disaggregation()["longest_local_prompt"]
+        question = Question(body, workload, generator.workers(), local)
         return JSONResponse(await predict(question))
 
     return routes

@@ -23,6 +23,7 @@ class Observed(NamedTuple):
     cached_tokens: int  # of the prompt, which prefill did not compute
     ttft: float | None  # None: it was turned away or failed before its first token
     tpot: float | None  # None: it got fewer than two tokens
+    overhead: float | None  # of the ttft: neither waiting for resources nor computing
 
 
 class WorkloadLog:
@@ -42,6 +43,7 @@ class WorkloadLog:
                 record.num_cached_tokens or 0,
                 timeline.time_to_first_token,
                 timeline.time_per_output_token,
+                timeline.overhead,
             )
         )
 
@@ -55,6 +57,7 @@ class WorkloadLog:
                 arrival=round(one.arrival - begin, 6),
                 ttft=_rounded(one.ttft),
                 tpot=_rounded(one.tpot),
+                overhead=_rounded(one.overhead),
             )
             for one in found[-limit:]
         ]

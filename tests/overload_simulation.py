@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field
-from typing import cast
 
 from protocol.errors import KvferryError, OverloadedError
 from protocol.messages import (
@@ -21,7 +20,7 @@ from protocol.messages import (
     WorkerLoad,
 )
 from protocol.sampling import SamplingParams
-from router.generation import GenerationRequest, TokenChunk
+from router.generation import GenerationRequest
 from router.running import Running
 from tests.router_scene import Scene
 
@@ -201,14 +200,13 @@ class Simulation:
         for asked in self.asked:
             if asked.running is None or asked.ended is not None:
                 continue
-            while not asked.running.output.empty():
-                item = cast("TokenChunk | KvferryError", asked.running.output.get_nowait())
-                if isinstance(item, KvferryError):
-                    asked.error, asked.ended = item, self.now
-                    continue
-                asked.first_token = asked.first_token or self.now
-                if item.finish_reason is not None:
-                    asked.ended = self.now
+            try:
+                while (chunk := asked.running.output.take()) is not None:
+                    asked.first_token = asked.first_token or self.now
+                    if chunk.finish_reason is not None:
+                        asked.ended = self.now
+            except KvferryError as error:
+                asked.error, asked.ended = error, self.now
 
 
 def _arrival(asked: Asked) -> float:

@@ -26,7 +26,7 @@ from protocol.messages import (
 )
 from protocol.sampling import SamplingParams
 from router.dispatch import Dispatcher
-from router.generation import GenerationRequest, TokenChunk
+from router.generation import GenerationRequest
 from router.running import Running
 
 SOON = 20.0  # seconds, generous
@@ -132,12 +132,8 @@ class Scene:
 
 def output(running: Running) -> list[int]:
     """The tokens delivered so far."""
-    token_ids: list[int] = []
-    while not running.output.empty():
-        item = running.output.get_nowait()
-        assert isinstance(item, TokenChunk)
-        token_ids += item.token_ids
-    return token_ids
+    chunk = running.output.take()
+    return [] if chunk is None else chunk.token_ids
 
 
 @asynccontextmanager
@@ -163,6 +159,7 @@ async def until(scene: Scene, condition: Callable[[], bool], *alive: str) -> Non
 
 async def error_of(running: Running) -> KvferryError:
     while True:
-        item = await asyncio.wait_for(running.output.get(), SOON)
-        if isinstance(item, KvferryError):
-            return item
+        try:
+            await asyncio.wait_for(running.output.get(), SOON)
+        except KvferryError as error:
+            return error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cli import autopilot
+from cli.autopilot_journal import REMEMBERED, Journal, Mode
 from cli.main import app
-from planner.autopilot_terms import Limits
+from cli.scaling import Scale, by_command
+from planner.autopilot_terms import Decision, Limits, Pools
 from planner.latency import LinearLatency
 from planner.outcome import Slo
 from protocol.errors import KvferryError
@@ -26,6 +30,7 @@ class Router:
 
     def __init__(self) -> None:
         self.posted: list[Any] = []
+        self.disaggregation = {"mode": "always", "longest_local_prompt": 0}
         self.reachable = True
         self.rows = [[i * 0.5, 1000, 10, 0, 0.5, 0.01] for i in range(200)]
 
@@ -41,6 +46,8 @@ class Router:
             return {"workers": [worker("prefill"), *(worker("decode") for _ in range(3))]}
         if path == "/admin/pools":
             return {"prefill": 1, "decode": 3, "change": None}
+        if path == "/admin/disaggregation":
+            return self.disaggregation
         return {"rows": self.rows}
 
 
@@ -65,6 +72,16 @@ def worker(role: str) -> dict[str, Any]:
     }
 
 
+def pilot(
+    mode: Mode,
+    limits: Limits = LIMITS,
+    scale: Scale | None = None,
+    *,
+    journal: Journal | None = None,
+) -> autopilot.Autopilot:
+    return autopilot.Autopilot("http://router", None, mode, limits, journal or Journal(mode), scale)
+
+
 @pytest.fixture
 def router(monkeypatch: pytest.MonkeyPatch) -> Router:
     router = Router()
@@ -79,10 +96,14 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 def test_it_changes_the_pools_and_says_why(
     router: Router, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    autopilot.Autopilot("http://router", None, "on", LIMITS, []).look()
+    pilot("on").look()
     (told,) = lines(capsys)
-    assert router.posted == [("/admin/pools", told["wanted"])]
-    assert told["wanted"]["prefill"] > 1
+    wanted = told["wanted"]
+    assert router.posted == [
+        ("/admin/pools", {"prefill": wanted["prefill"], "decode": wanted["decode"]})
+    ]
+    assert wanted["prefill"] > 1
+    assert wanted["local_prefill_tokens"] is None, "the operator wants all prompts on prefill"
     assert (told["event"], told["done"], told["error"]) == ("decision", True, None)
     assert "within the SLO" in told["reason"]
 
@@ -90,41 +111,96 @@ def test_it_changes_the_pools_and_says_why(
 def test_a_dry_run_only_tells_and_is_judged_all_the_same(
     router: Router, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pilot = autopilot.Autopilot("http://router", None, "dry-run", LIMITS, [])
-    pilot.look()
-    pilot.look()
+    journal = Journal("dry-run")
+    looking = pilot("dry-run", journal=journal)
+    looking.look()
+    assert "judged" not in journal.decisions()["decisions"][-1]
+    looking.look()
     assert router.posted == []
     events = [line["event"] for line in lines(capsys)]
     assert events[:2] == ["decision", "outcome"]
+    first = journal.decisions()["decisions"][-1]
+    assert not first["done"]
+    assert first["judged"]
+    assert 0 <= first["predicted"] <= 1
+
+
+def test_where_no_ratio_does_decode_is_given_prompts_of_its_own(
+    router: Router, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prefill lacks half a worker: 3.5 s of prompts a second for four workers."""
+    router.rows = [[i * 0.4, 1400, 2, 0, 9.0, 0.01] for i in range(300)]
+    router.disaggregation = {"mode": "auto", "longest_local_prompt": 20}
+    limits = replace(LIMITS, slo=Slo(ttft=3.0, tpot=10.0))
+    pilot("on", limits).look()
+    [told] = lines(capsys)
+    assert told["present"]["local_prefill_tokens"] == 20
+    assert told["wanted"]["local_prefill_tokens"] == 1400
+    told = dict(router.posted)
+    body = {"mode": "auto", "local_prefill_tokens": 1400}
+    assert told["/admin/disaggregation"] == body
+
+
+def test_prefill_workers_that_idle_by_the_operators_will_are_left_alone(router: Router) -> None:
+    router.disaggregation = {"mode": "never", "longest_local_prompt": 0}
+    pilot("on").look()
+    assert router.posted == []
 
 
 def test_a_router_that_is_away_is_waited_for_and_told_once(
     router: Router, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pilot = autopilot.Autopilot("http://router", None, "on", LIMITS, [])
+    looking = pilot("on")
     router.reachable = False
-    pilot.look()
-    pilot.look()
+    looking.look()
+    looking.look()
     router.reachable = True
-    pilot.look()
+    looking.look()
     events = [line["event"] for line in lines(capsys)]
     assert events == ["waiting", "decision"]
 
 
 def test_workers_go_by_the_operators_command(router: Router, tmp_path: Path) -> None:
     router.rows = [[i * 0.5, 10, 10, 0, 0.5, 0.01] for i in range(200)]
-    limits = Limits(LIMITS.slo, cool_down=1e-6, forecast_every=1e-6, workers=(2, 4))
     wanted = tmp_path / "{prefill}-{decode}"
-    autopilot.Autopilot("http://router", None, "on", limits, ["touch", str(wanted)]).look()
+    pilot("on", replace(LIMITS, workers=(2, 4)), by_command(f"touch {wanted}")).look()
     assert (tmp_path / "1-2").exists()
     assert router.posted == []
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--scale-command", "scale {worker}"], ["--scale-command", "x", "--min-workers", "9"]],
+    [
+        ["--scale-command", "scale {worker}"],
+        ["--scale-command", "x", "--min-workers", "9"],
+        ["--kubernetes-prefill", "deployments/prefill"],
+        ["--kubernetes-prefill", "deployments/p", "--kubernetes-decode", "deployments/d"],
+        ["--scale-command", "x", "--kubernetes-decode", "deployments/d"],
+    ],
 )
 def test_a_wrong_option_is_refused(wrong: list[str]) -> None:
     result = CliRunner().invoke(app, ["autopilot", "--slo-ttft", "1", "--slo-tpot", "1", *wrong])
     assert result.exit_code == 1
     assert "error: " in result.output
+
+
+def test_the_last_decisions_are_served_beside_the_metrics(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    journal = Journal("on")
+    for number in range(REMEMBERED + 5):
+        decision = Decision(float(number), "misses", Pools(1, 3), Pools(2, 2), "late", 0.9)
+        journal.decided(decision, done=True, error=None)
+    journal.judged(replace(decision, outcome=0.8))
+    url = f"http://127.0.0.1:{journal.serve(0)}"
+    with urllib.request.urlopen(url + "/decisions", timeout=10) as answer:
+        told = json.load(answer)
+    assert told["mode"] == "on"
+    assert len(told["decisions"]) == REMEMBERED
+    newest = told["decisions"][0]
+    assert (newest["predicted"], newest["outcome"], newest["reason"]) == (0.9, 0.8, "late")
+    assert newest["judged"] >= newest["time"]
+    assert told["decisions"][1]["outcome"] is None
+    with urllib.request.urlopen(url + "/metrics", timeout=10) as answer:
+        assert b'kvferry_autopilot_attainment{is="measured"} 0.8' in answer.read()
+    assert len(lines(capsys)) == REMEMBERED + 6

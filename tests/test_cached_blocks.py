@@ -12,7 +12,14 @@ from engine.block_pool import BlockPool
 from engine.cache_feed import CacheFeed
 from engine.sequence import Sequence
 from protocol.hashing import HASH_BYTES, block_key
-from protocol.messages import CacheChanges, FirstToken, PrefillRequest, SendCache
+from protocol.messages import (
+    CacheChanges,
+    FirstToken,
+    PrefillRequest,
+    SendCache,
+    Tokens,
+    TokenUpdate,
+)
 from protocol.sampling import SamplingParams
 from router.cached_blocks import CachedBlocks, PromptPrefix
 from router.generation import GenerationRequest
@@ -20,7 +27,7 @@ from tests.router_scene import Scene, registration
 
 FINGERPRINT = registration("p0").fingerprint
 BLOCK = FINGERPRINT.geometry.block_size
-ONE = SamplingParams(max_tokens=1)
+ONE, FEW = SamplingParams(max_tokens=1), SamplingParams(max_tokens=9)
 
 
 def compute(pool: BlockPool, tokens: list[int], cache_salt: str = "") -> int:
@@ -116,6 +123,7 @@ class Pools:
             for worker, feed in feeds.items():
                 for message in messages(feed):
                     scene.say(worker, message)
+                scene.beat(worker)
 
     def serve(self, scene: Scene, number: int, tokens: list[int]) -> tuple[str, int]:
         """One request to its end: its prefill worker, and how many tokens that had cached."""
@@ -156,6 +164,74 @@ def test_three_routers_send_a_chat_where_its_prefix_is() -> None:
     assert found >= prompts / 2  # all of each former turn but its last block
     predicted = sum(s.count("router_predicted_cached_tokens") for s in pools.scenes)
     assert predicted == found == sum(s.count("router_found_cached_tokens") for s in pools.scenes)
+
+
+def first_token(attempt: str, token_id: int) -> FirstToken:
+    return FirstToken(
+        request_id=attempt,
+        index=0,
+        token_id=token_id,
+        finish_reason=None,
+        num_cached_tokens=0,
+    )
+
+
+def say_turn(scene: Scene, request_id: str, prompt: list[int], *answer: int) -> tuple[str, str]:
+    """One request to its end; its prefill and decode worker."""
+    scene.wire.sent.clear()
+    sampling = SamplingParams(max_tokens=len(answer))
+    scene.dispatch(GenerationRequest(request_id, prompt, sampling))
+    [(peer, asked)] = scene.wire.sent
+    assert isinstance(asked, PrefillRequest)
+    assert asked.decode is not None
+    attempt = asked.request_id
+    scene.say(peer.decode(), first_token(attempt, answer[0]))
+    rest = TokenUpdate(
+        request_id=attempt, index=1, token_ids=list(answer[1:]), finish_reason="length"
+    )
+    scene.say(asked.decode.worker_id, Tokens(updates=[rest]))
+    return peer.decode(), asked.decode.worker_id
+
+
+def test_a_turn_that_comes_before_the_workers_reports_goes_where_the_last_one_was() -> None:
+    scene = Scene("p0", "p1", "d0", "d1")
+    prompt, answer = list(range(2 * BLOCK)), [7] * (BLOCK + 1)
+    home = say_turn(scene, "first", prompt, *answer)
+    prompt += [*answer, 8]
+    decode = next(w for w in scene.dispatcher._members.registry.all() if w.worker_id == home[1])
+    keys = PromptPrefix(prompt)(FINGERPRINT)
+    assert decode.cached.leading(keys) == len(keys) == 3  # the prompt's and the answer's
+    assert say_turn(scene, "second", prompt, *answer) == home
+    for worker in home:
+        scene.beat(worker)  # they tell of nothing: it was evicted at once
+    assert decode.cached.leading(keys) == 0
+    assert say_turn(scene, "third", prompt, *answer) != home
+
+
+def test_a_prompt_follows_one_like_it_whose_kv_is_on_its_way_to_decode() -> None:
+    scene = Scene("p0", "d0", "d1")
+    for number in range(3):
+        scene.dispatch(GenerationRequest(f"{number}", list(range(4 * BLOCK)), FEW))
+        scene.say("p0", first_token(f"{number}#1", 7))
+    asked = scene.wire.to("p0", PrefillRequest)
+    assert [request.decode.worker_id for request in asked] == ["d0"] * 3
+
+
+def test_each_worker_computes_a_beginning_once_that_prompts_share() -> None:
+    scene = Scene("p0", "p1", "d0")
+    for number in range(6):
+        scene.dispatch(GenerationRequest(f"{number}", [*range(4 * BLOCK), number], ONE))
+    workers = scene.dispatcher._members.registry.serving("prefill")
+    tokens = sorted(a.prompt_tokens for w in workers for a in w.assigned.values())
+    assert tokens == [1, 1, 1, 1, 4 * BLOCK + 1, 4 * BLOCK + 1]
+
+
+def test_a_continued_prompt_is_named_as_the_whole() -> None:
+    for length in range(4 * BLOCK):
+        for answered in range(2 * BLOCK):
+            tokens = list(range(length + answered))
+            made = PromptPrefix(tokens[:length], "s").continued(FINGERPRINT, tokens[length:])
+            assert made == PromptPrefix(tokens, "s")(FINGERPRINT)
 
 
 def test_what_a_router_knows_of_a_worker_ends_with_its_session() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from protocol.messages import WorkerLoad
@@ -23,12 +25,35 @@ BLOCK = 4  # tokens, as in the scene
 def worker(name: str, load: WorkerLoad, *given: Assignment) -> Worker:
     made = Worker(name.encode(), registration(name), last_seen=0.0)
     made.report(load)
-    made.assigned = {str(number): assignment for number, assignment in enumerate(given)}
+    for number, assignment in enumerate(given):
+        made.give(str(number), assignment)
     return made
 
 
 def prompt(num_tokens: int) -> Assignment:
     return Assignment(num_tokens, num_tokens, begun=True, prompt_tokens=num_tokens)
+
+
+def test_what_a_worker_was_given_is_summed_up_right_whatever_happens_to_it() -> None:
+    rng = random.Random(1)
+    made = worker("d", WorkerLoad())
+    for number in range(500):
+        held = list(made.assigned)
+        match rng.randrange(4):
+            case 0:
+                expected, computes = rng.randrange(1, 50), rng.choice([0, 7])
+                made.give(str(number), Assignment(7, expected, rng.random() < 0.5, computes))
+            case 1 if held:
+                made.goes_on(rng.choice(held), 7 + rng.randrange(60))
+            case 2 if held:
+                made.end(rng.choice(held))
+            case 3:
+                made.report(WorkerLoad(free_blocks=number))
+        given = made.assigned.values()
+        assert made.num_prompts == sum(a.prompt_tokens > 0 for a in given)
+        assert made.assigned_tokens == sum(a.prompt_tokens for a in given)
+        assert made.unreported_tokens == sum(a.prompt_tokens for a in given if not a.reported)
+        assert made.promised_blocks == sum(a.coming_blocks for a in given)
 
 
 def test_what_was_dispatched_counts_before_any_report() -> None:
@@ -41,26 +66,41 @@ def test_a_report_tells_how_far_a_prompt_has_come() -> None:
     prefill = worker("p", WorkerLoad(), prompt(1000))
     prefill.report(WorkerLoad(waiting_tokens=300))
     assert queued_tokens(prefill) == 300
-    prefill.assigned["new"] = prompt(50)
+    prefill.give("new", prompt(50))
     assert queued_tokens(prefill) == 350
 
 
 def test_what_has_ended_counts_no_more_whatever_the_last_report_said() -> None:
     prefill = worker("p", WorkerLoad(), prompt(1000), prompt(20))
     prefill.report(WorkerLoad(waiting_tokens=900))
-    del prefill.assigned["0"]
+    prefill.end("0")
     assert queued_tokens(prefill) == 20
 
 
 def test_other_routers_work_shows_in_reports() -> None:
     prefill = worker("p", WorkerLoad())
     prefill.report(WorkerLoad(waiting_tokens=500))
-    prefill.assigned["mine"] = prompt(10)
+    prefill.give("mine", prompt(10))
     assert queued_tokens(prefill) == 510
     decode = worker("d", WorkerLoad())
     decode.report(WorkerLoad(num_running=1, num_promised=6))
-    decode.assigned["mine"] = prompt(10)
+    decode.give("mine", prompt(10))
     assert held_sequences(decode) == 7
+
+
+@pytest.mark.parametrize(
+    ("load", "queued"),
+    [
+        (WorkerLoad(waiting_tokens=100 + 800), 900),  # all have started: what is cached shows
+        (WorkerLoad(waiting_tokens=1000 + 800, num_waiting=1), 900),  # ours has not
+    ],
+)
+def test_a_cached_prompt_hides_nothing_that_other_routers_queued(
+    load: WorkerLoad, queued: int
+) -> None:
+    prefill = worker("p", WorkerLoad(), Assignment(1000, 1000, begun=True, prompt_tokens=100))
+    prefill.report(load)
+    assert queued_tokens(prefill) == queued
 
 
 @pytest.mark.parametrize(

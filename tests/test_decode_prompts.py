@@ -141,7 +141,7 @@ def test_a_leaving_worker_and_a_full_queue_refuse() -> None:
     scene.fill()
     assert scene.ask(request("a")) == []
     assert refusal(scene.ask(request("b")))[0] == "overloaded"
-    scene.admission.leaving = True
+    scene.admission.grants.leaving = True
     assert refusal(scene.ask(request("c"))) == ("unavailable", "this decode worker is leaving")
 
 

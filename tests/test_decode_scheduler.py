@@ -34,10 +34,15 @@ class Worker:
         self.cancelled: set[str] = set()
 
     def add(
-        self, request_id: str, prompt: list[int], max_tokens: int, own: bool = False
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        own: bool = False,
+        priority: int = 0,
     ) -> Sequence:
         sampling = SamplingParams(max_tokens=max_tokens)
-        sequence = Sequence(request_id, list(prompt), len(prompt), sampling)
+        sequence = Sequence(request_id, list(prompt), len(prompt), sampling, priority=priority)
         self.waiting.append(sequence)
         if own:
             self.own.add(request_id)
@@ -115,7 +120,9 @@ class Worker:
 
 
 requests = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(1, 9), st.integers(2, 9), st.booleans()),
+    st.tuples(
+        st.integers(0, 2), st.integers(1, 9), st.integers(2, 9), st.booleans(), st.integers(-1, 1)
+    ),
     min_size=1,
     max_size=6,
 )
@@ -129,13 +136,16 @@ requests = st.lists(
     max_num_seqs=st.integers(1, 5),
 )
 def test_a_small_pool_gives_the_same_tokens_as_a_big_one(
-    requests: list[tuple[int, int, int, bool]], num_blocks: int, budget: int, max_num_seqs: int
+    requests: list[tuple[int, int, int, bool, int]],
+    num_blocks: int,
+    budget: int,
+    max_num_seqs: int,
 ) -> None:
     worker = Worker(num_blocks, budget, max_num_seqs)
-    for index, (family, length, max_tokens, own) in enumerate(requests):
-        worker.add(str(index), [family] * length, max_tokens, own)
+    for index, (family, length, max_tokens, own, priority) in enumerate(requests):
+        worker.add(str(index), [family] * length, max_tokens, own, priority)
     worker.run()
-    for index, (family, length, max_tokens, _) in enumerate(requests):
+    for index, (family, length, max_tokens, _, _) in enumerate(requests):
         expected = generate([family] * length, SamplingParams(max_tokens=max_tokens))
         assert worker.outputs[str(index)] == expected
 
@@ -165,6 +175,37 @@ def test_the_newest_is_preempted_first_and_the_oldest_never() -> None:
         finished += sorted(worker.finished - {*finished})
     assert worker.scheduler.num_preemptions > 0
     assert finished == ["0", "1", "2"]
+
+
+def test_the_least_priority_is_preempted_first_though_it_is_the_oldest() -> None:
+    worker = Worker(num_blocks=8)
+    for index, priority in enumerate((1, 0, -1)):
+        worker.add(str(index), [index] * 2, 14, priority=priority)
+    finished: list[str] = []
+    while len(finished) < 3:
+        worker.commit(worker.schedule())
+        finished += sorted(worker.finished - {*finished})
+    assert worker.scheduler.num_preemptions > 0
+    assert finished == ["2", "1", "0"]
+
+
+def test_a_running_sequence_gives_way_to_one_of_more_priority_that_waits_with_blocks() -> None:
+    """And its place with its blocks: the step is not empty."""
+    worker = Worker(num_blocks=5, max_num_seqs=1)
+    worker.add("bulk", [1] * 3, 5, priority=1)
+    worker.admit()
+    worker.commit(worker.schedule())
+    worker.add("urgent", [2] * 3, 5)
+    worker.admit()
+    finished: list[str] = []
+    while len(finished) < 2:
+        batch = worker.schedule()
+        assert batch.rows
+        worker.commit(batch)
+        finished += worker.finished - {*finished}
+    assert finished == ["urgent", "bulk"]
+    for name, token in (("bulk", 1), ("urgent", 2)):
+        assert worker.outputs[name] == generate([token] * 3, SamplingParams(max_tokens=5))
 
 
 def test_a_pool_that_just_fits_one_sequence() -> None:
@@ -211,6 +252,23 @@ def test_prompts_are_computed_in_chunks_between_the_tokens_of_others() -> None:
     assert steps == [[("running", 1), ("prompt", 3)]] * 3 + [[("running", 1), ("prompt", 1)]]
     worker.run()
     assert worker.outputs["prompt"] == generate([2] * 10, SamplingParams(max_tokens=3))
+
+
+def test_prompts_that_begin_alike_are_computed_once_though_they_come_at_once() -> None:
+    worker = Worker(budget=4)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    sequences = [worker.add(str(index), prompt, 3, own=True) for index in range(3)]
+    num_computed = 0
+    while len(worker.finished) < 3:
+        batch = worker.schedule()
+        num_computed += sum(
+            min(row.end, len(prompt)) - row.start for row in batch.rows if row.start < len(prompt)
+        )
+        worker.commit(batch)
+    assert num_computed == len(prompt) + 2
+    assert [sequence.num_cached for sequence in sequences] == [0, 8, 8]
+    for output in worker.outputs.values():
+        assert output == generate(prompt, SamplingParams(max_tokens=3))
 
 
 def test_prompts_keep_half_the_budget_however_many_sequences_generate() -> None:

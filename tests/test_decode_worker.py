@@ -12,7 +12,7 @@ from decode.worker import DecodeWorker
 from engine.batch import Batch, StepOutput
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
-from protocol.messages import Message, RequestFailed, Tokens
+from protocol.messages import GenerateRequest, Message, RequestFailed, Tokens
 from protocol.sampling import SamplingParams, TokenLogprobs
 from tests.handoff_simulation import FINGERPRINT
 
@@ -55,6 +55,23 @@ async def test_a_sequence_ends_at_its_deadline_and_its_router_hears_of_it(runnin
     assert not worker.idle
     worker._expire(9.0)
     assert worker.idle
+
+
+async def test_a_line_about_an_attempt_carries_the_answers_id(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, _, _ = running
+    again = GenerateRequest(
+        request_id="of-a",
+        token_ids=[1],
+        num_prompt_tokens=1,
+        sampling=SamplingParams(max_tokens=9),
+        timeout=1.0,
+    )
+    worker.from_router("a", again)
+    [line] = caplog.records
+    assert line.getMessage() == "request of-a came twice, the second is ignored"
+    assert vars(line)["fields"] == {"request_id": "of"}
 
 
 async def test_a_sequence_that_the_engine_finds_wrong_fails_alone(

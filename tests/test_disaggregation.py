@@ -110,14 +110,32 @@ def test_the_limit_may_be_set() -> None:
         Disaggregation("always", 64)
 
 
+def test_it_is_changed_while_it_serves() -> None:
+    disaggregation, registry = auto(), pools("p0", "d0")
+    row = {"mode": "auto", "local_prefill_tokens": None, "longest_local_prompt": 20}
+    assert disaggregation.row(registry) == row
+    disaggregation.change("auto", 64)
+    assert path(disaggregation, registry, 64) == "local"
+    row |= {"local_prefill_tokens": 64, "longest_local_prompt": 64}
+    assert disaggregation.row(registry) == row
+    with pytest.raises(ConfigError):
+        disaggregation.change("never", 64)
+    assert disaggregation.row(registry) == row
+    disaggregation.change("always")
+    assert path(disaggregation, registry, 1) == "remote"
+    assert disaggregation.row(registry)["longest_local_prompt"] == 0
+    disaggregation.change("auto")
+    assert path(disaggregation, registry, 20) == "local", "what was measured is still known"
+
+
 def test_a_decode_worker_with_a_prompt_or_half_full_is_spared() -> None:
     registry = pools("p0", "d0", load=MEASURED.model_copy(update={"max_num_seqs": 4}))
     [decode] = registry.serving("decode")
-    decode.assigned["a"] = Assignment(9, 9, begun=True, prompt_tokens=9)
+    decode.give("a", Assignment(9, 9, begun=True, prompt_tokens=9))
     assert path(auto(), registry, 5) == "remote"
-    decode.assigned["a"].prompt_tokens = 0  # it has its first token
+    decode.goes_on("a", 9)  # it has its first token
     assert path(auto(), registry, 5) == "local"
-    decode.assigned["b"] = Assignment(9, 9, begun=True)
+    decode.give("b", Assignment(9, 9, begun=True))
     assert path(auto(), registry, 5) == "remote"
 
 
@@ -125,7 +143,7 @@ def test_while_prefill_is_full_short_prompts_need_not_wait() -> None:
     registry = pools("p0", "d0")
     [prefill] = registry.serving("prefill")
     for number in range(2):
-        prefill.assigned[str(number)] = Assignment(900, 900, begun=True, prompt_tokens=900)
+        prefill.give(str(number), Assignment(900, 900, begun=True, prompt_tokens=900))
     assert path(auto(), registry, 5) == "local"
     assert path(auto(), registry, 500) is None
 
@@ -135,10 +153,10 @@ def test_colocated_prompts_wait_in_the_router_once_half_a_second_is_queued() -> 
     [decode] = registry.serving("decode")
     for number in range(2):
         assert path(auto(), registry, 400) == "local"
-        decode.assigned[str(number)] = Assignment(400, 400, begun=True, prompt_tokens=400)
+        decode.give(str(number), Assignment(400, 400, begun=True, prompt_tokens=400))
     assert queued_tokens(decode) == 800
     assert path(auto(), registry, 400) is None
-    decode.assigned["0"].prompt_tokens = 0
+    decode.goes_on("0", 400)
     assert path(auto(), registry, 400) == "local"
 
 
@@ -191,6 +209,16 @@ def test_a_lost_prefill_pool_is_replaced_by_decode_and_replaces_it_again() -> No
     assert output(running) == [7]
     paths = [scene.count("requests_path", path=path) for path in ("remote", "local")]
     assert paths == [2, 1]
+
+
+def test_a_request_that_waits_for_prefill_is_served_once_it_need_not() -> None:
+    scene = Scene("p0", "d0", disaggregation=Disaggregation("always"))
+    scene.dispatch()
+    scene.say("p0", Left())
+    assert scene.wire.to("d0", GenerateRequest) == []
+    scene.dispatcher.disaggregate("auto", None)
+    assert len(scene.wire.to("d0", GenerateRequest)) == 1
+    assert scene.dispatcher.disaggregation()["mode"] == "auto"
 
 
 def test_a_lost_decode_worker_is_followed_by_another_from_the_next_token() -> None:

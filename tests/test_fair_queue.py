@@ -12,12 +12,19 @@ from router.fair_queue import FairQueue
 
 CLIENTS = "abc"
 costs = st.integers(1, 50)
+priorities = st.integers(-1, 1)
 operations = st.lists(
-    st.tuples(st.sampled_from(["push", "push", "pop", "remove"]), st.sampled_from(CLIENTS), costs),
+    st.tuples(
+        st.sampled_from(["push", "push", "pop", "remove"]),
+        st.sampled_from(CLIENTS),
+        costs,
+        priorities,
+    ),
     max_size=60,
 )
 
-Item = tuple[str, int, int]  # client, number, cost
+Item = tuple[str, int, int, int]  # client, priority, number, cost
+Step = tuple[str, str, int, int]  # what, client, cost, priority
 
 
 class Checked:
@@ -30,10 +37,10 @@ class Checked:
         self.largest: Counter[str] = Counter()  # cost of each client
         self._numbers = 0
 
-    def push(self, client: str, cost: int) -> None:
+    def push(self, client: str, cost: int, priority: int = 0) -> None:
         self._numbers += 1
-        item = (client, self._numbers, cost)
-        self.queue.push(client, cost, item)
+        item = (client, priority, self._numbers, cost)
+        self.queue.push(client, cost, item, priority)
         self.waiting.append(item)
         self.largest[client] = max(self.largest[client], cost)
 
@@ -41,9 +48,9 @@ class Checked:
         expected = self.queue.head()
         item = self.queue.pop()
         assert item is expected
-        assert item == min(i for i in self.waiting if i[0] == item[0])  # its client's oldest
+        assert item == min(i for i in self.waiting if i[0] == item[0])  # its client's next
         self.waiting.remove(item)
-        self.served[item[0]] += item[2]
+        self.served[item[0]] += item[3]
         return item
 
     def remove(self, client: str) -> None:
@@ -58,11 +65,11 @@ class Checked:
         assert sorted(self.queue.items()) == sorted(self.waiting)
 
 
-def play(steps: list[tuple[str, str, int]]) -> Checked:
+def play(steps: list[Step]) -> Checked:
     checked = Checked()
-    for kind, client, cost in steps:
+    for kind, client, cost, priority in steps:
         if kind == "push":
-            checked.push(client, cost)
+            checked.push(client, cost, priority)
         elif kind == "remove":
             checked.remove(client)
         elif checked.waiting:
@@ -74,7 +81,7 @@ def play(steps: list[tuple[str, str, int]]) -> Checked:
 @settings(max_examples=200, deadline=None)
 @given(steps=operations)
 def test_nothing_is_lost_and_each_client_is_served_in_its_order(
-    steps: list[tuple[str, str, int]],
+    steps: list[Step],
 ) -> None:
     checked = play(steps)
     while checked.waiting:
@@ -87,7 +94,7 @@ def test_nothing_is_lost_and_each_client_is_served_in_its_order(
 @settings(max_examples=200, deadline=None)
 @given(steps=operations, sizes=st.lists(costs, min_size=6, max_size=6))
 def test_clients_that_wait_get_equal_shares_whatever_went_before(
-    steps: list[tuple[str, str, int]], sizes: list[int]
+    steps: list[Step], sizes: list[int]
 ) -> None:
     """The theorem: two clients' service differs by at most the largest cost of each."""
     checked = play(steps)
@@ -95,7 +102,7 @@ def test_clients_that_wait_get_equal_shares_whatever_went_before(
         for number, client in enumerate(CLIENTS):
             checked.push(client, sizes[(turn + number) % len(sizes)])
     checked.served.clear()
-    while set(CLIENTS) <= {client for client, _, _ in checked.waiting}:
+    while set(CLIENTS) <= {client for client, *_ in checked.waiting}:
         checked.pop()
         for one in CLIENTS:
             for other in CLIENTS:
@@ -106,7 +113,7 @@ def test_clients_that_wait_get_equal_shares_whatever_went_before(
 @settings(max_examples=200, deadline=None)
 @given(flood=st.integers(1, 400), cost=costs, steps=operations)
 def test_a_newcomer_waits_for_one_turn_of_the_others_not_for_their_flood(
-    flood: int, cost: int, steps: list[tuple[str, str, int]]
+    flood: int, cost: int, steps: list[Step]
 ) -> None:
     checked = play(steps)
     for _ in range(flood):
@@ -120,17 +127,17 @@ def test_a_newcomer_waits_for_one_turn_of_the_others_not_for_their_flood(
 
 
 @settings(max_examples=200, deadline=None)
-@given(steps=operations, client=st.sampled_from([*CLIENTS, "new"]))
+@given(steps=operations, client=st.sampled_from([*CLIENTS, "new"]), priority=priorities)
 def test_what_is_ahead_of_a_newcomer_is_what_is_served_before_it(
-    steps: list[tuple[str, str, int]], client: str
+    steps: list[Step], client: str, priority: int
 ) -> None:
     checked = play(steps)
-    ahead = set(checked.queue.ahead_of(client))
-    behind = checked.queue.last_behind(client)
+    ahead = set(checked.queue.ahead_of(client, priority))
+    behind = checked.queue.last_behind(client, priority)
     assert behind is None or behind not in ahead
     everything = set(checked.waiting)
     assert (behind is None) == (ahead == everything)
-    checked.push(client, 1)
+    checked.push(client, 1, priority)
     mine = checked.waiting[-1]
     served = set()
     while (item := checked.pop()) != mine:
@@ -139,6 +146,15 @@ def test_what_is_ahead_of_a_newcomer_is_what_is_served_before_it(
     assert served <= ahead
     tied = ahead - served
     assert len({item[0] for item in tied}) == len(tied)
+
+
+def test_a_priority_orders_its_clients_own_requests_and_takes_no_others_turn() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number, priority in enumerate((5, 0, -3, 0)):
+        queue.push("a", 10, f"a{number}", priority)
+    for number in range(4):
+        queue.push("b", 10, f"b{number}")
+    assert [queue.pop() for _ in range(8)] == ["a2", "b0", "a1", "b1", "a3", "b2", "a0", "b3"]
 
 
 def test_what_is_taken_out_unserved_costs_its_client_nothing() -> None:

@@ -20,6 +20,7 @@ from decode.admission_events import (
     CloseReceive,
     Event,
     FromPeer,
+    Loaded,
     Offer,
     OpenReceive,
     Received,
@@ -57,9 +58,11 @@ NEXT: dict[str, tuple[State, ...]] = {
     "revoke": (NONE, NONE, OWN, NONE),
     "revoke as a stranger": (NONE, PENDING, OWN, OPEN),
     "receive": (NONE, PENDING, OWN, OPEN),  # or NONE, when it is handed off
+    "load": (NONE, PENDING, OWN, OPEN),
     "fail to receive": (NONE, PENDING, OWN, NONE),
     "close": (NONE, PENDING, OWN, REJECTED),
-    "receive late": (NONE, PENDING, OWN, OPEN),  # these three: under a closing grant
+    "receive late": (NONE, PENDING, OWN, OPEN),  # these four: under a closing grant
+    "load late": (NONE, PENDING, OWN, OPEN),
     "fail late": (NONE, PENDING, OWN, OPEN),
     "close late": (NONE, PENDING, OWN, OPEN),
     "cancel": (NONE, NONE, NONE, NONE),
@@ -157,12 +160,16 @@ class Scene:
                 return FromPeer(peer, Revoke(request_id=self.request_id))
             case "receive":
                 return Received(grant_id, 0, [7] * NUM_BLOCKS)
+            case "load":
+                return Loaded(grant_id, 0)
             case "fail to receive":
                 return ReceiveFailed(grant_id, "broken")
             case "close":
                 return Closed(grant_id)
             case "receive late":
                 return Received(self.closing[0], 0, [7])
+            case "load late":
+                return Loaded(self.closing[0], 0)
             case "fail late":
                 return ReceiveFailed(self.closing[0], "broken")
             case "close late":
@@ -273,13 +280,13 @@ def test_every_event_in_every_state_is_in_the_table_or_rejected(
 def test_the_table_names_what_can_happen_and_nothing_else() -> None:
     by_request = {GrantRequest, Handoff, Revoke, Asked, Cancelled}
     of_all = {RouterLost, Tick}  # of those requests that have a grant
-    by_number = {Received, ReceiveFailed, Closed}
+    by_number = {Received, Loaded, ReceiveFailed, Closed}
     kinds = {get_origin(kind) or kind for kind in get_args(Event)}
     assert by_request | of_all | by_number == kinds - {FromPeer} | {*get_args(Offer)}
     assert {state: row.keys() for state, row in TRANSITIONS.items()} == {
         None: by_request | by_number,
         PENDING: by_request | of_all,
-        OPEN: by_request | of_all | {Received, ReceiveFailed},
+        OPEN: by_request | of_all | {Received, Loaded, ReceiveFailed},
         CLOSING: by_number,
     }
 

@@ -86,6 +86,40 @@ async def test_silence_loses_a_worker_that_may_come_back(monkeypatch: pytest.Mon
         assert scene.ids() == {"d0", "p0"}
 
 
+def test_a_router_that_is_late_itself_blames_nobody() -> None:
+    now = 0.0
+    scene = Scene("p0", "d0", clock=lambda: now)
+    watch = scene.dispatcher._members.watch
+    watch()
+    for _ in range(20):
+        now += 0.95 * membership.SILENCE
+        watch()
+        scene.beat("p0")  # which waited to be read
+        now += 0.95 * membership.SILENCE
+        watch()
+        scene.beat("d0")
+    assert scene.ids() == {"p0", "d0"}
+    silent_since = now
+    while scene.ids() == {"p0", "d0"}:
+        now += membership.HEARTBEAT_INTERVAL
+        watch()
+        scene.beat("d0")
+    assert scene.ids() == {"d0"}
+    assert now - silent_since <= membership.SILENCE + membership.HEARTBEAT_INTERVAL
+
+
+def test_every_word_of_a_worker_is_a_sign_of_life() -> None:
+    now = 0.0
+    scene = Scene("p0", "d0", clock=lambda: now)
+    scene.dispatch()
+    scene.say("p0", first(1, 0, 7))
+    for index in range(1, 8):
+        now += 0.2 * membership.SILENCE
+        scene.say("d0", tokens(1, index, 8))
+        scene.dispatcher._members.watch()
+    assert scene.ids() == {"d0"}
+
+
 def test_drain_asks_the_worker_and_gives_it_nothing_new() -> None:
     scene = Scene("p0", "p1", "d0")
     assert scene.dispatcher.drain("p0")["state"] == "leaving"

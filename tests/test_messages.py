@@ -299,7 +299,8 @@ def test_fingerprints_name_what_differs(fingerprint: Fingerprint, other: Fingerp
 
 
 @pytest.mark.parametrize(
-    "field", ["protocol_version", "weights_digest", "rope", *KVGeometry.model_fields]
+    "field",
+    ["protocol_version", "weights_digest", "rope", "wire_quantization", *KVGeometry.model_fields],
 )
 def test_every_field_of_a_fingerprint_counts(field: str) -> None:
     geometry = KVGeometry(num_kv_heads=1, num_layers=2, block_size=4, head_dim=8, dtype="float32")

@@ -8,7 +8,7 @@ import pytest
 
 from protocol.messages import WorkerLoad
 from router.capacity import Demand, takes_prompt
-from router.policy import POLICIES, PolicyName, choose_decode, choose_pair
+from router.policy import POLICIES, SLACK, SPREAD, PolicyName, choose_decode, choose_pair
 from router.registry import Assignment, Registry, Worker
 from tests.test_registry_policy import GEOMETRY, join, registration
 
@@ -78,8 +78,28 @@ def test_a_prefix_draws_no_more_sequences_than_balance_allows(registry: Registry
         registry.give(worker(registry, name), f"{number}", Assignment(1, 1, begun=True))
         counts[name] += 1
     assert counts["d1"] == max(counts.values())
-    assert counts["d1"] <= 1.25 * 6 + 1
+    assert counts["d1"] <= SPREAD * 6 + SLACK
     assert min(counts.values()) >= 4
+
+
+def test_a_beginning_that_all_prompts_share_draws_no_second_sequence(registry: Registry) -> None:
+    for decode in registry.serving("decode"):
+        decode.report(WorkerLoad(max_num_seqs=64, free_blocks=999))
+    hold(registry, "d1", 1)  # of ten blocks
+    assert chosen(registry)[1] == "d1"  # all are idle
+    queue(registry, "d1", 1)
+    assert chosen(registry)[1] == "d0"
+
+
+@pytest.mark.parametrize(("others", "home"), [(3, "d1"), (5, "d0")])
+def test_a_chat_stays_with_its_kv_as_long_as_only_a_few_more_run_there(
+    registry: Registry, others: int, home: str
+) -> None:
+    for decode in registry.serving("decode"):
+        decode.report(WorkerLoad(max_num_seqs=64, free_blocks=999))
+    hold(registry, "d1", 10)
+    queue(registry, "d1", 1, count=others)
+    assert chosen(registry)[1] == home
 
 
 def test_a_worker_that_holds_the_prompt_takes_it_behind_as_many_tokens(registry: Registry) -> None:

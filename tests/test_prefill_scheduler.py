@@ -144,7 +144,9 @@ def test_every_prompt_token_is_computed_once_in_order_within_the_budget(
     assert not worker.scheduler._granted
     for sequence, prompt in zip(sequences, prompts, strict=True):
         assert sequence.token_ids == [*prompt, expected(prompt)]
-        assert worker.computed[sequence.request_id] == [*range(sequence.num_cached, len(prompt))]
+        computed = worker.computed[sequence.request_id]
+        assert computed == sorted(set(computed))
+        assert len(computed) == len(prompt) - sequence.num_cached
 
 
 @pytest.mark.parametrize("inside_step", [False, True])
@@ -274,6 +276,70 @@ def test_a_prompt_that_may_not_start_yet_is_passed_over_and_keeps_its_turn() -> 
         worker.step()
         worker.release_finished()
     assert list(worker.finished) == ["b", "c", "d", "a", "e", "f"]
+
+
+def test_prompts_that_begin_alike_are_computed_once_though_they_come_at_once() -> None:
+    """Every step but the last is the first one's alone; the others compute what is their own."""
+    worker = Worker(budget=8, ask_ahead=100)
+    common = [1, 2, 3, 4] * 6
+    prompts = {name: [*common, ord(name), 9] for name in "abc"}
+    for name, prompt in prompts.items():
+        worker.add(name, prompt)
+    while len(worker.finished) < len(prompts):
+        worker.step()
+    assert worker.computed == {
+        "a": [*range(26)],
+        "b": [24, 25],
+        "c": [24, 25],
+    }
+    for name, prompt in prompts.items():
+        assert worker.finished[name].num_cached == (0 if name == "a" else len(common))
+        assert worker.finished[name].token_ids[-1] == expected(prompt)
+    worker.release_finished()
+
+
+def test_nobody_waits_for_a_prompt_of_the_same_beginning_that_has_no_grant() -> None:
+    worker = Worker(budget=8, ask_ahead=100)
+    prompt = [1, 2, 3, 4] * 6
+    worker.add("stuck", prompt, grant=False)
+    worker.add("other", prompt)
+    while "other" not in worker.finished:
+        assert worker.step().rows
+    assert worker.computed["other"] == [*range(24)]
+    worker.grant("stuck")
+    worker.step()
+    assert worker.computed["stuck"] == [20, 21, 22, 23]
+    worker.release_finished()
+
+
+def test_the_next_goes_on_behind_what_a_cancelled_prompt_had_computed() -> None:
+    worker = Worker(budget=8, ask_ahead=100)
+    prompt = [1, 2, 3, 4] * 6
+    worker.add("gone", prompt)
+    worker.add("other", prompt)
+    worker.step()
+    batch = worker.schedule()
+    worker.cancel("gone")
+    worker.commit(batch)
+    while "other" not in worker.finished:
+        worker.step()
+    assert worker.computed["other"] == [*range(8, 24)]
+    assert worker.finished["other"].token_ids[-1] == expected(prompt)
+    worker.release_finished()
+
+
+def test_the_lowest_priority_number_starts_first_and_what_runs_is_not_stopped() -> None:
+    worker = Worker(budget=8, max_num_seqs=1)
+    worker.add("running", [1] * 20)
+    worker.step()
+    for name, priority in (("bulk", 5), ("usual", 0), ("urgent", -3), ("urgent too", -3)):
+        sequence = Sequence(name, [ord(name[0]) + len(name)] * 8, 8, SAMPLING, priority=priority)
+        worker.scheduler.add(sequence)
+        worker.grant(name)
+    for _ in range(8):
+        worker.step()
+        worker.release_finished()
+    assert [*worker.finished] == ["running", "urgent", "urgent too", "usual", "bulk"]
 
 
 def test_a_budget_that_asks_for_no_grant_is_a_mistake() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from protocol.errors import UnavailableError
 from protocol.geometry import Fingerprint, KVGeometry
+from protocol.lateness import MIN_LOOKS
 from protocol.messages import Heartbeat, Register, Role, WorkerLoad
 from router.capacity import Demand
 from router.policy import check_serving, choose_pair
@@ -62,7 +63,7 @@ def join(registry: Registry, info: Register, now: float = 0.0) -> Worker:
 def test_a_repeated_registration_keeps_what_the_worker_holds() -> None:
     registry = Registry(TIMEOUT)
     worker = join(registry, registration("p"))
-    worker.assigned["r"] = given(5)
+    worker.give("r", given(5))
     assert registry.register(b"p", registration("p"), 1.0) == []
     assert registry.get(b"p") is worker
     assert worker.assigned_tokens == 5
@@ -73,7 +74,7 @@ def test_a_repeated_registration_keeps_what_the_worker_holds() -> None:
 def test_a_new_epoch_or_session_replaces_the_worker_and_its_state(news: dict[str, int]) -> None:
     registry = Registry(TIMEOUT)
     old = join(registry, registration("p"))
-    old.assigned["r"] = given(5)
+    old.give("r", given(5))
     assert registry.register(b"p", registration("p", **news), 1.0) == [old]
     new = registry.get(b"p")
     assert new is not None
@@ -108,14 +109,21 @@ def test_heartbeats_keep_alive_and_silence_loses() -> None:
     assert registry.all() == []
 
 
-def test_a_pause_of_the_router_itself_is_nobodys_silence() -> None:
+@pytest.mark.parametrize("pause", [1.0, 100.0])  # in every one of its looks, or in a single one
+def test_the_routers_own_lateness_is_nobodys_silence(pause: float) -> None:
     registry = Registry(TIMEOUT)
     worker = join(registry, registration("p"))
-    assert registry.expire(now=1.0) == []
-    assert registry.expire(now=100.0) == []  # heartbeats may be waiting to be read
-    for now in (101.0, 102.0):
-        assert registry.expire(now) == []
-    assert registry.expire(now=103.5) == [worker]
+    lost = [registry.expire(pause * look) for look in range(MIN_LOOKS + 2)]
+    assert lost == [*[[]] * (MIN_LOOKS + 1), [worker]]  # before, heartbeats may wait to be read
+
+
+def test_a_worker_that_is_heard_in_a_pause_is_not_heard_in_the_future() -> None:
+    registry = Registry(TIMEOUT)
+    worker = join(registry, registration("p"))
+    registry.expire(now=1.0)
+    registry.heartbeat(b"p", Heartbeat(epoch=1, load=LOAD, num_sent=0), now=99.0)
+    assert registry.expire(now=100.0) == []
+    assert worker.last_seen == 100.0
 
 
 def test_heartbeats_of_strangers_and_of_former_epochs_do_not_count() -> None:
@@ -140,12 +148,14 @@ def test_a_leaving_worker_takes_no_new_requests_even_if_it_registers_again() -> 
 def test_the_least_loaded_pair_is_chosen() -> None:
     registry = Registry(TIMEOUT)
     for name in ("p0", "p1", "p2"):
-        join(registry, registration(name)).assigned[name] = given(10)
+        join(registry, registration(name)).give(name, given(10))
     for name in ("d0", "d1"):
-        join(registry, registration(name, "decode")).assigned["x"] = given(1)
+        join(registry, registration(name, "decode")).give("x", given(1))
     workers = {worker.worker_id: worker for worker in registry.all()}
-    workers["p1"].assigned = {"a": given(2), "b": given(3)}  # two prompts, but the fewest tokens
-    workers["d1"].assigned = {}
+    workers["p1"].end("p1")
+    workers["p1"].give("a", given(2))
+    workers["p1"].give("b", given(3))  # two prompts, but the fewest tokens
+    workers["d1"].end("x")
     assert chosen(registry) == ("p1", "d1")
 
 
@@ -170,7 +180,7 @@ def test_avoided_workers_are_taken_only_where_there_are_no_others() -> None:
 def test_a_pair_must_fit_together() -> None:
     registry = Registry(TIMEOUT)
     join(registry, registration("p-old", weights="aa"))
-    join(registry, registration("p-new", weights="bb")).assigned["r"] = given(100)
+    join(registry, registration("p-new", weights="bb")).give("r", given(100))
     join(registry, registration("d-new", "decode", weights="bb"))
     assert chosen(registry) == ("p-new", "d-new")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
+from cli import router_link
 from cli.router_link import RouterLink
 from engine.block_pool import BlockPool
 from engine.cache_feed import CacheFeed
@@ -67,7 +71,7 @@ class RouterEnd:
             return isinstance(message, Register) and message.session == session
 
         await self.next(Register, is_it)
-        self.say(Registered(router_id="r", heartbeat_interval=0.02))
+        self.say(Registered(router_id="r", session=session, heartbeat_interval=0.02))
 
     async def heartbeat(self, num_sent: int) -> None:
         def is_it(message: Message) -> bool:
@@ -78,6 +82,11 @@ class RouterEnd:
     def say(self, *messages: Message) -> None:
         for message in messages:
             assert self.server.send(self.peer, message)
+
+
+def stand_still(seconds: float) -> None:
+    """Keep the event loop, and all that runs on it, from running."""
+    time.sleep(seconds)
 
 
 @asynccontextmanager
@@ -142,6 +151,38 @@ async def test_a_lost_message_of_the_router_ends_the_session(tmp_path: Path) -> 
         await router.heartbeat(num_sent=0)
         assert role.dropped == ["r"]
         assert role.got == [Cancel(request_id="a"), Cancel(request_id="b")]
+
+
+async def test_the_workers_own_lateness_is_not_the_routers_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_link, "SILENCE", 0.5)
+    async with linked(tmp_path) as (router, _, role):
+        await router.register(session=0)
+        await router.heartbeat(num_sent=0)
+        router.say(*[RouterHeartbeat(num_sent=0)] * 3)
+        stand_still(1.5)
+        await router.heartbeat(num_sent=0)
+        await router.heartbeat(num_sent=0)
+        assert role.dropped == []
+        await router.register(session=1)  # now the router is silent
+        assert role.dropped == ["r"]
+
+
+async def test_an_answer_to_a_former_registration_is_not_the_present_sessions(
+    tmp_path: Path,
+) -> None:
+    async with linked(tmp_path) as (router, _, role):
+        await router.register(session=0)
+        await router.heartbeat(num_sent=0)
+        router.say(RegisterAgain())
+        router.say(Registered(router_id="r", session=0, heartbeat_interval=0.02))
+        router.say(Cancel(request_id="late"), RouterHeartbeat(num_sent=5))
+        await router.register(session=1)
+        router.say(RouterHeartbeat(num_sent=0))
+        await router.heartbeat(num_sent=0)
+        assert role.dropped == ["r"]
+        assert role.got == []
 
 
 async def test_a_role_ends_and_the_next_one_registers(tmp_path: Path) -> None:

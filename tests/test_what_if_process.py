@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from cli import what_if
 from cli.main import app
 from cli.what_if import Simulation
+from planner.latency import LinearLatency
 from planner.observed import Row
 from planner.profile import WorkerProfile
 from protocol.errors import DeadlineError, InvalidRequestError, KvferryError, OverloadedError
@@ -60,6 +61,16 @@ async def test_one_process_answers_question_after_question(simulation: Simulatio
     assert children() == [process]
 
 
+async def test_the_latency_model_alone(simulation: Simulation) -> None:
+    told = await simulation.predict(Question(None, [], workers(FAST, 1, 2)))
+    fitted = WorkerProfile.model_validate(told)
+    assert isinstance(fitted.latency, LinearLatency)
+    assert isinstance(FAST.latency, LinearLatency)
+    assert fitted.latency.decode.fixed == pytest.approx(FAST.latency.decode.fixed, rel=1e-3)
+    with pytest.raises(InvalidRequestError, match="no worker to learn"):
+        await simulation.predict(Question(None, [], []))
+
+
 async def test_a_process_that_dies_is_replaced(simulation: Simulation) -> None:
     await simulation.predict(question())
     [process] = children()
@@ -99,9 +110,14 @@ class Admin(BaseHTTPRequestHandler):
 
     workers: list[dict[str, Any]]
     rows: list[Row]
+    longest_local_prompt = 0
 
     def do_GET(self) -> None:
-        told = {"workers": self.workers} if "workers" in self.path else {"rows": self.rows}
+        told: dict[str, Any] = {"rows": self.rows}
+        if "workers" in self.path:
+            told = {"workers": self.workers}
+        elif "disaggregation" in self.path:
+            told = {"longest_local_prompt": self.longest_local_prompt}
         content = json.dumps(told).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
@@ -146,6 +162,7 @@ def test_advice_for_a_running_router(admin: tuple[str, type[Admin]]) -> None:
     assert told["now"]["option"]["placement"]["prefill"] == 1
     assert told["now"]["measured"] == told["now"]["predicted"] == 1.0
     assert told["now"]["rate"] == pytest.approx(5, rel=0.3)
+    assert told["now"]["option"]["placement"]["local_prefill_tokens"] == 0
     better = told["best"]["goodput"] > 1.05 * told["now"]["option"]["goodput"]
     assert told["advice"].startswith("To change: " if better else "Leave it as it is")
     words = advise(url)

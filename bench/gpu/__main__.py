@@ -25,12 +25,22 @@ from bench.gpu import (
     elementwise,
     prefill_attention,
     rotate_and_write,
+    sampling,
+    wire_quantization,
 )
 from bench.gpu.report import Report
 from bench.gpu.run import run_cases, run_checks
 from bench.gpu.timing import Timer
 
-MODULES = (decode_attention, prefill_attention, elementwise, rotate_and_write, blocks)
+MODULES = (
+    decode_attention,
+    prefill_attention,
+    elementwise,
+    rotate_and_write,
+    sampling,
+    blocks,
+    wire_quantization,
+)
 RESULTS = Path(__file__).parent.parent / "results"
 
 app = typer.Typer(add_completion=False)

@@ -31,12 +31,17 @@ def rate(metric: str, by: str = "", where: str = "") -> str:
     return f"sum{grouping} (rate(kvferry_{metric}{{{where}}}[{WINDOW}]))"
 
 
-def quantiles(metric: str, *shares: float, where: str = "", by: str = "") -> dict[str, str]:
-    """Quantiles of a histogram, by legend."""
+def quantile(metric: str, share: float, by: str = "") -> str:
+    """A quantile of a histogram."""
     labels = f"le, {by}" if by else "le"
-    buckets = f"sum by ({labels}) (rate(kvferry_{metric}_bucket{{{where}}}[{WINDOW}]))"
+    buckets = f"sum by ({labels}) (rate(kvferry_{metric}_bucket[{WINDOW}]))"
+    return f"histogram_quantile({share}, {buckets})"
+
+
+def quantiles(metric: str, *shares: float, by: str = "") -> dict[str, str]:
+    """Quantiles of a histogram, by legend."""
     suffix = f" {{{{{by}}}}}" if by else ""
-    return {f"p{s * 100:g}{suffix}": f"histogram_quantile({s}, {buckets})" for s in shares}
+    return {f"p{s * 100:g}{suffix}": quantile(metric, s, by) for s in shares}
 
 
 ROWS: dict[str, list[Panel]] = {
@@ -71,13 +76,8 @@ ROWS: dict[str, list[Panel]] = {
             "Queue and compute",
             "s",
             {
-                **{
-                    f"queue {k}": v for k, v in quantiles("request_queue_time_seconds", 0.9).items()
-                },
-                **{
-                    f"compute {k}": v
-                    for k, v in quantiles("request_prefill_time_seconds", 0.9).items()
-                },
+                "queue p90, {{role}}": quantile("request_queue_time_seconds", 0.9, by="role"),
+                "compute p90": quantile("request_prefill_time_seconds", 0.9),
             },
         ),
         Panel(

@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 from array import array
+from contextlib import ExitStack
 from pathlib import Path
 
 from engine.memory import size_text
@@ -51,14 +52,18 @@ class DiskTier:
         self.writable = True
         self.counters = TierCounters()
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = _lock(directory)
-            self._data = _open(directory / "blocks")
-            self._index = _open(directory / "index")
-            self._check_room(max_bytes)
-            self.slots = SlotTable(max_bytes // row_bytes)
-            self._digests = array("Q", bytes(8 * self.slots.num_slots))  # by slot
-            self._recover(pack_header(row_bytes, fingerprint))
+            with ExitStack() as files:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                files.callback(os.close, _lock(directory))
+                self._data = _open(directory / "blocks")
+                files.callback(os.close, self._data)
+                self._index = _open(directory / "index")
+                files.callback(os.close, self._index)
+                self._check_room(max_bytes)
+                self.slots = SlotTable(max_bytes // row_bytes)
+                self._digests = array("Q", bytes(8 * self.slots.num_slots))  # by slot
+                self._recover(pack_header(row_bytes, fingerprint))
+                self._files = files.pop_all()
         except OSError as error:
             raise ConfigError(f"KV cannot be kept in {directory}: {error}") from error
 
@@ -117,8 +122,7 @@ class DiskTier:
 
     def close(self) -> None:
         """Close the files; another process may have the directory."""
-        for file in (self._data, self._index, self._lock):
-            os.close(file)
+        self._files.close()
 
     def _check_room(self, max_bytes: int) -> None:
         """Refuse what the disk cannot hold now; it may fill up later all the same."""

@@ -7,13 +7,17 @@ from collections.abc import Iterable
 
 
 class SlotTable:
-    """At most ``num_slots`` blocks, by their hashes. Only ``in`` and ``len`` from any thread."""
+    """At most ``num_slots`` blocks, by their hashes.
+
+    Only ``in``, ``len`` and ``names`` from any thread.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self.num_evicted = 0  # blocks that made room for others
         self._slots: OrderedDict[bytes, int] = OrderedDict()  # next to be evicted first
         self._free: list[int] = []
+        self._left: list[bytes] = []  # blocks that were evicted or dropped
         self._unused = 0  # the first slot that never held anything; those after it neither
 
     def __contains__(self, block_hash: bytes) -> bool:
@@ -21,6 +25,15 @@ class SlotTable:
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    def names(self) -> list[bytes]:
+        """The hashes of all blocks at one moment."""
+        return list(self._slots)  # in one step: no other thread comes in between
+
+    def take_left(self) -> list[bytes]:
+        """The hashes of blocks that have been evicted or dropped since the last call."""
+        left, self._left = self._left, []
+        return left
 
     def find(self, block_hash: bytes) -> int | None:
         """The block's slot, if it has one; it has then been used."""
@@ -38,7 +51,8 @@ class SlotTable:
         """Give a block that has no slot one, the oldest block's if none is free."""
         assert block_hash not in self._slots, "a block has one slot"
         if len(self._slots) == self.num_slots:
-            _, slot = self._slots.popitem(last=False)
+            evicted, slot = self._slots.popitem(last=False)
+            self._left.append(evicted)
             self.num_evicted += 1
         elif self._free:
             slot = self._free.pop()
@@ -53,6 +67,7 @@ class SlotTable:
         slot = self._slots.pop(block_hash, None)
         if slot is not None:
             self._free.append(slot)
+            self._left.append(block_hash)
         return slot
 
     def fill(self, blocks: Iterable[tuple[bytes, int]]) -> None:

@@ -26,7 +26,9 @@ export async function call(path, { method = "GET", body = null, patience = DEADL
   } catch {
     throw new Error("No answer from the router");
   }
-  if (answer.status === 401) throw new NeedsKey("This router asks for an API key");
-  if (!answer.ok) throw new Error(content?.error?.message ?? `The router says ${answer.status}`);
-  return content;
+  if (answer.ok) return content;
+  const message = content?.error?.message ?? `The router says ${answer.status}`;
+  // Another key helps to read; a change is refused with 403 where no key allows it.
+  const needsKey = answer.status === 401 || (answer.status === 403 && method === "GET");
+  throw needsKey ? new NeedsKey(message) : new Error(message);
 }

@@ -37,7 +37,7 @@ const charts = [
 ];
 const pools = new Pools();
 const requests = new Requests(openRequest, () => objective);
-const whatIf = new WhatIf((error) => error instanceof NeedsKey && askKey());
+const whatIf = new WhatIf((error) => error instanceof NeedsKey && askKey(error));
 
 async function poll() {
   clearTimeout(timer);
@@ -49,7 +49,7 @@ async function poll() {
     ]);
     if (asked === objective) show(overview, lists, change);
   } catch (error) {
-    if (error instanceof NeedsKey) askKey();
+    if (error instanceof NeedsKey) askKey(error);
     else sayProblem(error.message);
   }
   clearTimeout(timer);
@@ -114,9 +114,9 @@ function sayProblem(message) {
   setStatus(false, "Connection lost");
 }
 
-function askKey() {
+function askKey({ message }) {
   if ($("key").open) return;
-  if (hasKey()) setText($("key-problem"), "The router does not accept this key. Give another one.");
+  if (hasKey()) setText($("key-problem"), `The router does not accept this key: ${message}. Give another one.`);
   setStatus(false, "Needs a key");
   $("key").showModal();
 }
@@ -126,7 +126,7 @@ async function openRequest(id, sequence) {
     const { sequences } = await call(`requests/${encodeURIComponent(id)}`);
     showRequest(sequences, sequence, objective);
   } catch (error) {
-    if (error instanceof NeedsKey) return askKey();
+    if (error instanceof NeedsKey) return askKey(error);
     setText($("request-title"), sequence);
     $("request-body").replaceChildren(h("p", { class: "warning" }, error.message));
   }

@@ -3,6 +3,7 @@
 import { $, clock, h, percent, s, seconds, setText } from "./dom.js";
 
 const ABOUT = {
+  receive: "The request came in and was validated, from its first byte on. A long prompt on a slow line, or a busy router process.",
   tokenise: "The router applied the chat template and tokenised the prompt.",
   first_sequence: "Waited until the first sequence from the same prompt had its KV in the caches.",
   router_queue: "Waited in the router: no pair of workers had room. The pools are too small for the load, or one of them is full.",
@@ -10,7 +11,7 @@ const ABOUT = {
   prefill_queue: "Waited on the prefill worker for other prompts. Too few prefill workers.",
   grant: "Waited until decode had reserved memory. The decode pool is full.",
   prefill: "The prefill worker, or decode itself, computed the prompt. Long prompts, or a small share of each step.",
-  deliver: "In the router, between a token's arrival and its event to the client. Much of it means that the router process is busy.",
+  deliver: "In the router, between a token's arrival and the writing of its event to the client. Much of it means that the router process is busy, or that the client reads slowly.",
   transfer: "The last blocks of KV moved and were verified. A slow or shared wire, or a slow peer.",
   first_step: "Decode's own first step: waited for the running one, then computed.",
   decode: "On the decode worker, up to the last token.",
@@ -23,9 +24,11 @@ export function showRequest(sequences, wanted, objective) {
   const first = sequence.time_to_first_token ?? sequence.seconds;
   const before = sequence.stages.filter((stage) => stage.start + stage.seconds <= first + 2e-6);
   const after = sequence.stages.slice(before.length);
-  $("request-body").replaceChildren(
-    ...facts(sequence), ...toFirstToken(sequence, before, first, objective), ...output(sequence, after, first),
-  );
+  const parts = [
+    ...facts(sequence), ...toFirstToken(sequence, before, first, objective),
+    ...output(sequence, after, first, objective),
+  ];
+  $("request-body").replaceChildren(...parts.filter((part) => part != null));
 }
 
 function facts(sequence) {
@@ -47,30 +50,34 @@ function toFirstToken(sequence, stages, first, { ttft }) {
   const late = first > ttft;
   const without = sequence.outcome === null ? "No token yet" : "No token came";
   const title = came ? "To the first token" : without;
-  const longest = stages.reduce((a, b) => (b.seconds > a.seconds ? b : a), { seconds: 0 });
-  const verdict = longest.name && h(
-    "p", { class: "verdict" }, h("b", {}, `${percent(longest.seconds / first)} of it was ${label(longest.name)}. `),
-    ABOUT[longest.name] ?? "",
-  );
   return [
     h("h3", {}, `${title} `, h("span", { class: late ? "late" : "quiet" },
       `${seconds(first)}, objective ${seconds(ttft)}`)),
-    verdict, bars(stages, 0, first, longest),
+    ...explained(stages, 0, first),
   ];
 }
 
-function output(sequence, stages, first) {
+function output(sequence, stages, first, { tpot }) {
+  const { time_per_output_token: each } = sequence;
   if (sequence.time_to_first_token === null) return [];
-  const rest = sequence.seconds - first;
   return [
-    h("h3", {}, "From the first token to the end ", h("span", { class: "quiet" },
-      `${seconds(rest)}, ${seconds(sequence.time_per_output_token)} per token`)),
-    bars(stages, first, sequence.seconds), tokens(sequence, first),
+    h("h3", {}, "From the first token to the end ", h("span", { class: each > tpot ? "late" : "quiet" },
+      `${seconds(sequence.seconds - first)}, ${seconds(each)} per token, objective ${seconds(tpot)}`)),
+    ...explained(stages, first, sequence.seconds), tokens(sequence, first),
   ];
+}
+
+// The stages between two times, and which of them it was.
+function explained(stages, begin, end) {
+  const longest = stages.reduce((a, b) => (b.seconds > a.seconds ? b : a), { seconds: 0 });
+  const share = percent(longest.seconds / Math.max(end - begin, 1e-9));
+  const verdict = longest.name && h("p", { class: "verdict" },
+    h("b", {}, `${share} of it was ${label(longest.name)}. `), ABOUT[longest.name] ?? "");
+  return [verdict, bars(stages, begin, end, longest)];
 }
 
 // A row per stage between two times, its bar where it lies.
-function bars(stages, begin, end, longest = null) {
+function bars(stages, begin, end, longest) {
   const whole = Math.max(end - begin, 1e-9);
   const rows = stages.map((stage) => {
     const x = (100 * (stage.start - begin)) / whole;

@@ -67,6 +67,7 @@ def test_copies_share_a_fingerprint_and_other_models_do_not(
         ({"block_size": 32}, "geometry.block_size"),
         ({"dtype": "bfloat16"}, "weights_digest"),
         ({"load_format": "dummy"}, "weights_digest"),
+        ({"wire_quantization": "int8"}, "wire_quantization"),
     ):
         other = load(checkpoint("llama"), **options)
         difference = engine.fingerprint.difference(other.fingerprint)

@@ -34,6 +34,7 @@ from tests.fake_model import VOCAB, Memory
 from tests.handoff_simulation.data_plane import DataPlane
 from tests.handoff_simulation.network import Network
 from tests.handoff_simulation.setup import EPOCH, FINGERPRINT, GEOMETRY, Request, Setup
+from tests.handoff_simulation.tier import SimulatedTier
 
 PEER = b"prefill"  # the identity of the prefill worker's link
 
@@ -68,6 +69,15 @@ class SimulatedDecode:
             grant_timeout=20.0,
             new_grant_id=count(1).__next__,
         )
+        self.tier = SimulatedTier(
+            setup.tier_blocks,
+            self.pool,
+            self.memory,
+            network,
+            self.handle,
+            in_use=self.scheduler.owned_blocks,
+        )
+        self.admission.room.loadable = self.tier.loadable
         self.residents = Residents()
         self.grants: dict[int, list[int]] = {}  # not closed yet: id to blocks
         self.plane = DataPlane(
@@ -92,6 +102,8 @@ class SimulatedDecode:
                 case adm.OpenReceive(grant_id, blocks, _):
                     self.grants[grant_id] = blocks
                     self.plane.open_grant(grant_id, blocks)
+                case adm.LoadBlocks():
+                    self.tier.load(action)
                 case adm.CloseReceive(grant_id):
                     self.plane.close_grant(grant_id)
                 case adm.Admit(sequence, router_id, deadline, waited):
@@ -122,7 +134,8 @@ class SimulatedDecode:
 
     def events(self) -> list[Callable[[], None]]:
         """What can happen next."""
-        return [self._commit if self._step else self._schedule, *self.plane.events()]
+        step = self._commit if self._step else self._schedule
+        return [step, *self.plane.events(), *self.tier.events()]
 
     def tick(self) -> None:
         """Time has passed."""
@@ -149,12 +162,13 @@ class SimulatedDecode:
             or self.admission.grants.num_open
             or self.pool.num_used
             or not self.plane.quiet
+            or not self.tier.quiet
         )
 
     def check(self) -> None:
         """Every block reference has exactly one owner."""
         owned = [*self.scheduler.owned_blocks(), *self.admission.grants.owned_blocks()]
-        self.pool.check_integrity(owned)
+        self.pool.check_integrity([*owned, *self.tier.owned_blocks()])
 
     def _from_transfer(self, event: TransferEvent) -> None:
         match event:

@@ -23,6 +23,7 @@ class Setup:
 
     prefill_blocks: int = 32
     decode_blocks: int = 32
+    tier_blocks: int = 0  # that a tier below decode's pool keeps
     max_num_batched_tokens: int = 8
     max_num_seqs: int = 4
     ask_ahead: int = 8

@@ -83,7 +83,11 @@ class Simulation:
         messages = [partial(self.lose, channel) for channel in sorted(between_workers)]
         return [
             [lambda: self.tick(self._random.uniform(0.0, 8.0))],
-            [lambda: self.decode.hear(Revoke(request_id="unknown")), *messages],
+            [
+                lambda: self.decode.hear(Revoke(request_id="unknown")),
+                *messages,
+                *self.decode.tier.faults() * 6,
+            ],
             *[blocks] * 6,
             [
                 *(partial(self.router.cancel, request) for request in self.requests.values()),

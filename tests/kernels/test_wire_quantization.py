@@ -13,6 +13,8 @@ from kernels.wire_quantization import LIMITS, SMALLEST, Format, PackedLayout
 from tests.kernels.implementation import dequantize_blocks, quantize_blocks
 from tests.kernels.poison import unchanged
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 HEADS, LAYERS = 3, 2
 TILES = HEADS * LAYERS * 2
 # The values of e4m3's codes, from its definition; code 127 is NaN.

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import pytest
 import torch
 
 from kernels.shared_memory import shared_zeros
+from kernels.wire_quantization import PackedLayout
 from kvtransfer.auto import auto_factory
 from kvtransfer.config import TransferConfig
 from kvtransfer.events import BlocksReceived, BlocksSent, Died, TransferEvent
@@ -27,12 +29,17 @@ class Peer:
     """A transfer thread, its arena, and every event it has reported and nobody has taken."""
 
     def __init__(
-        self, rows: torch.Tensor, factory: TransportFactory, config: TransferConfig
+        self,
+        rows: torch.Tensor,
+        factory: TransportFactory,
+        config: TransferConfig,
+        layout: PackedLayout | None = None,
     ) -> None:
-        self.rows = rows
+        self.rows = rows.view(torch.uint8)  # [num_blocks, row_bytes]
+        self.wire_bytes = rows.nbytes // len(rows) if layout is None else layout.row_bytes
         self._events: queue.Queue[TransferEvent] = queue.Queue()
         self._untaken: list[TransferEvent] = []
-        self.thread = TransferThread(rows, factory, self._events.put, config)
+        self.thread = TransferThread(rows, factory, self._events.put, config, layout)
         self.thread.start()
 
     @property
@@ -82,7 +89,11 @@ Spawn = Callable[..., Peer]
 def spawner(
     kind: str, network: InProcessNetwork | None = None, cluster_key: bytes | None = None
 ) -> Iterator[Spawn]:
-    """Makes peers of one network, ``at`` an address if given, and stops them at the end."""
+    """Makes peers of one network, ``at`` an address if given, and stops them at the end.
+
+    Of a ``kind`` that ends in int8, blocks travel quantised; their numbers are such as that keeps.
+    """
+    kind, quantized, _ = kind.partition(", int8")
     network = network or InProcessNetwork()
     peers: list[Peer] = []
 
@@ -96,18 +107,21 @@ def spawner(
         rows = torch.randint(
             0, 256, (num_blocks, row_bytes), dtype=torch.uint8, generator=generator
         )
+        layout = None
+        if quantized:
+            layout = packed_layout_of(row_bytes)
+            rows = whole_numbers(num_blocks, layout, generator)
+        if kind in ("memory", "auto"):
+            rows = shared_zeros(tuple(rows.shape), rows.dtype).copy_(rows)
         factory: TransportFactory = network.factory(at)
         if kind == "ucx":
             port = int(at.rpartition(b":")[2]) if at else 0
             factory = UCXTransport.factory("127.0.0.1", port, cluster_key)
         elif kind == "memory":
-            rows = shared_zeros((num_blocks, row_bytes), torch.uint8).copy_(rows)
             factory = MemoryTransport.factory(rows, at.removeprefix(SCHEME) if at else None)
         elif kind in ("auto", "auto, private"):
-            if kind == "auto":
-                rows = shared_zeros((num_blocks, row_bytes), torch.uint8).copy_(rows)
             factory = auto_factory(rows, "127.0.0.1")
-        peer = Peer(rows, factory, config or TransferConfig())
+        peer = Peer(rows, factory, config or TransferConfig(), layout)
         peers.append(peer)
         return peer
 
@@ -117,10 +131,26 @@ def spawner(
         assert not peer.thread.alive
 
 
+def packed_layout_of(row_bytes: int) -> PackedLayout:
+    """Of bfloat16 rows in small tiles; a test of smaller rows than one tile is skipped."""
+    if row_bytes < 128:
+        pytest.skip("smaller than a quantised block")
+    return PackedLayout(row_bytes // 128, 8, 8, "int8")
+
+
+def whole_numbers(
+    num_blocks: int, layout: PackedLayout, generator: torch.Generator
+) -> torch.Tensor:
+    """Bfloat16 rows that int8 holds exactly: whole numbers, of which each token's first is 127."""
+    rows = torch.randint(-127, 128, (num_blocks, layout.num_elements), generator=generator)
+    rows[:, :: layout.head_dim] = 127
+    return rows.to(torch.bfloat16)
+
+
 def transfer(
     sender: Peer, receiver: Peer, grant_id: int, source: Sequence[int], destination: Sequence[int]
-) -> None:
-    """Grant, send, and check bytes and digests of a whole grant; the grant stays open."""
+) -> list[int]:
+    """Grant, send, and check bytes and digests of a whole grant; the digests. It stays open."""
     expected = sender.rows[list(source)].clone()
     receiver.thread.open_grant(grant_id, destination)
     sender.thread.send_blocks(receiver.address, grant_id, 0, source, destination)
@@ -129,3 +159,4 @@ def transfer(
     assert (sent.grant_id, sent.first) == (grant_id, 0)
     assert sent.digests == [digests[position] for position in range(len(source))]
     assert torch.equal(receiver.rows[list(destination)], expected)
+    return sent.digests

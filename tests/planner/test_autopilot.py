@@ -88,16 +88,63 @@ def test_a_reaction_stays_within_what_the_forecast_allows() -> None:
 
 def test_after_a_change_a_cool_down_passes_first() -> None:
     predict = by_prefill(p2=0.2, p3=1.0)
-    state = State(forecast_due=0.0, changed=100.0, direction=1)
+    state = State(forecast_due=0.0, changed=100.0, direction=(1, 0))
     assert decide(seen(Pools(2, 2)), state, 159.0, LIMITS, predict)[1] is None
     assert wanted(decide(seen(Pools(2, 2)), state, 161.0, LIMITS, predict)[1]) == Pools(3, 1)
 
 
 def test_a_change_is_not_taken_back_soon() -> None:
     predict = by_prefill(p1=1.0, p2=0.2)
-    state = State(forecast_due=0.0, changed=100.0, direction=1)
-    assert decide(seen(Pools(2, 2)), state, 399.0, LIMITS, predict)[1] is None
-    assert wanted(decide(seen(Pools(2, 2)), state, 401.0, LIMITS, predict)[1]) == Pools(1, 3)
+    state = State(forecast_due=0.0, changed=100.0, direction=(1, 0))
+    assert decide(seen(Pools(2, 2)), state, 699.0, LIMITS, predict)[1] is None
+    assert wanted(decide(seen(Pools(2, 2)), state, 701.0, LIMITS, predict)[1]) == Pools(1, 3)
+
+
+def test_what_may_not_be_taken_back_does_not_hold_up_new_workers() -> None:
+    predict = by_prefill(p1=0.8, p2=0.2)
+    state = State(forecast_due=0.0, changed=100.0, direction=(1, 0))
+    _, decision = decide(seen(Pools(2, 2)), state, 161.0, SCALING, predict)
+    assert decision is not None
+    assert (decision.kind, decision.wanted.num_workers) == ("workers", 5)
+
+
+OWN = Pools(2, 2, 0)  # decode may be given prompts
+
+
+def by_prompts(**shares: float) -> Predict:
+    """Attainment of 2P2D by decode's longest prompt: ``t100=0.95``; 0.5 of any other."""
+
+    def predict(_: Sequence[Request], pools: Pools) -> float:
+        return shares.get(f"t{pools.local_prefill_tokens}", 0.5) if pools.prefill == 2 else 0.5
+
+    return predict
+
+
+@pytest.mark.parametrize(("state", "ttft"), [(DUE, 0.5), (LATER, 3.0)])
+def test_decode_is_given_prompts_where_no_ratio_does(state: State, ttft: float) -> None:
+    observed = seen(OWN, ttft=ttft)
+    _, decision = decide(observed, state, 0.0, SCALING, by_prompts(t0=0.6, t100=0.95))
+    assert wanted(decision) == replace(OWN, local_prefill_tokens=100)
+    assert decision is not None
+    assert "95.0% at 2P2D with prompts of up to 100 tokens on decode" in decision.reason
+    assert decide(observed, state, 0.0, LIMITS, by_prompts(t0=0.91, t100=1.0))[1] is None
+    fixed = replace(observed, pools=Pools(2, 2))
+    assert decide(fixed, state, 0.0, LIMITS, by_prompts(t100=0.95))[1] is None
+
+
+def test_prompts_given_are_not_soon_taken_back() -> None:
+    present = replace(OWN, local_prefill_tokens=100)
+    state = State(forecast_due=0.0, changed=100.0, direction=(0, 1))
+    predict = by_prompts(t0=0.95, t100=0.5)
+    assert decide(seen(present), state, 699.0, LIMITS, predict)[1] is None
+    assert wanted(decide(seen(present), state, 701.0, LIMITS, predict)[1]) == OWN
+
+
+def test_far_from_the_slo_a_change_must_promise_more() -> None:
+    for best, changes in ((0.35, False), (0.45, True)):
+        predict = by_prefill(p1=0.3, p2=0.3, p3=best)
+        _, decision = decide(seen(Pools(2, 2)), DUE, 0.0, LIMITS, predict)
+        assert (decision is not None) == changes
 
 
 def test_no_pool_is_ever_emptied() -> None:

@@ -18,6 +18,8 @@ from tests.planner.profiles import profile
 
 WORKER = profile(fixed=2e-3, per_token=1e-4, decode=(10e-3, 0.0, 1e-3))
 SLO = Slo(ttft=0.5, tpot=0.03)
+SLOW = profile(fixed=2e-3, per_token=1e-3, decode=(10e-3, 0.0, 1e-3))  # few requests are a load
+LATER = Slo(ttft=5.0, tpot=0.3)
 LONG_PROMPTS = Lengths(1000, 0.5), Lengths(5, 0.5)  # 0.1 s of prefill each
 LONG_ANSWERS = Lengths(20, 0.5), Lengths(100, 0.5)
 
@@ -27,20 +29,18 @@ def requests(lengths: tuple[Lengths, Lengths], rate: float, seconds: float) -> l
     return list(generate(rate=rate, count=int(rate * seconds), prompt=prompt, output=output))
 
 
-def static(workload: list[Request], pools: Pools) -> Outcome:
-    return simulate(workload, Placement(prefill=pools.prefill, decode=pools.decode), WORKER)
+def static(workload: list[Request], pools: Pools, worker: WorkerProfile = WORKER) -> Outcome:
+    return simulate(workload, Placement(prefill=pools.prefill, decode=pools.decode), worker)
 
 
-def piloted(workload: list[Request], pools: Pools) -> tuple[Outcome, ElasticRoute]:
+def piloted(
+    workload: list[Request], pools: Pools, slo: Slo = SLO, worker: WorkerProfile = WORKER
+) -> tuple[Outcome, ElasticRoute]:
     placement = Placement(prefill=pools.prefill, decode=pools.decode)
-    routes: list[ElasticRoute] = []
-
-    def route(placement: Placement, profile: WorkerProfile) -> ElasticRoute:
-        predict = predictor(profile, placement, SLO)
-        routes.append(ElasticRoute(pools, profile, Limits(SLO), predict))
-        return routes[0]
-
-    return simulate(workload, placement, WORKER, route=route, elastic=True), routes[0]
+    limits, predict = Limits(slo), predictor(worker, placement, slo)
+    route = ElasticRoute(placement, worker, limits, predict)
+    outcome = simulate(workload, placement, worker, route=lambda *_: route, elastic=True)
+    return outcome, route
 
 
 def test_without_a_reason_to_change_it_is_the_static_system() -> None:
@@ -76,3 +76,24 @@ def test_when_the_mix_shifts_it_beats_every_static_ratio() -> None:
     best = max(static(workload, Pools(p, 4 - p)).attainment(SLO) for p in (1, 2, 3))
     assert outcome.attainment(SLO) > best
     assert 1 <= len(route.decisions) <= 3
+
+
+def test_beyond_all_capacity_good_pools_are_left_as_they_are() -> None:
+    workload = requests(LONG_PROMPTS, 4.5, 150)
+    outcome, _ = piloted(workload, Pools(3, 1), LATER, SLOW)
+    best = static(workload, Pools(3, 1), SLOW)
+    assert outcome.attainment(LATER) >= best.attainment(LATER)
+
+
+def test_bursts_that_no_ratio_carries_are_shared_with_decode() -> None:
+    bursts = [requests(LONG_PROMPTS, 0.8, 60), requests(LONG_PROMPTS, 3.4, 60)] * 2
+    shifted = [
+        replace(request, arrival=request.arrival + 60 * turn)
+        for turn, burst in enumerate(bursts)
+        for request in burst
+    ]
+    workload = sorted(shifted, key=lambda request: request.arrival)
+    outcome, route = piloted(workload, Pools(3, 1), LATER, SLOW)
+    ratios = [static(workload, Pools(p, 4 - p), SLOW) for p in (1, 2, 3)]
+    assert outcome.attainment(LATER) > max(ratio.attainment(LATER) for ratio in ratios)
+    assert route.decisions[-1].wanted.local_prefill_tokens

@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from planner.goodput import GRID, Candidate
+from planner.latency import DecodeFit, LinearLatency, PrefillFit
 from planner.outcome import Outcome, Slo
 from planner.placement import Placement
 from planner.plan import BUDGETS, Planner, climb
-from planner.profile import PUBLISHED
+from planner.profile import PUBLISHED, WorkerProfile
 from planner.workload import Lengths, Request, at_rate, generate
 from protocol.errors import ConfigError
 from tests.planner.profiles import profile
@@ -75,16 +76,28 @@ def test_the_recommended_pools_are_as_good_as_the_best_of_all() -> None:
     assert recommended >= 0.95 * best > 0
 
 
-def test_distserves_order_of_placements() -> None:
+VLLM_OPT_13B = OPT_13B.model_copy(  # DistServe's published fit to another engine, of the same GPU
+    update={
+        "latency": LinearLatency(
+            prefill=PrefillFit(fixed=2.2052e-2, per_token=1.4051e-4, per_square=8.0766e-9),
+            decode=DecodeFit(fixed=2.3475e-2, per_context=5.9293e-7, per_row=6.0727e-5),
+        )
+    }
+)
+
+
+@pytest.mark.parametrize("worker", [OPT_13B, VLLM_OPT_13B], ids=["distserve", "vllm"])
+def test_distserves_order_of_placements(worker: WorkerProfile) -> None:
     """OPT-13B, 512 tokens in and 64 out, 0.4 s and 0.04 s (Zhong et al., OSDI '24, figure 1).
 
     A GPU that only prefills carries more than one that does both, one that only decodes yet more;
-    pools carry what their narrower one does.
+    pools carry what their narrower one does. Where decode carries well over 1.5 times what prefill
+    does, as in the figure, 2P1D are ahead of 1P1D.
     """
     slo = Slo(0.4, 0.04)
 
     def goodput(placement: Placement, asked: Slo = slo) -> float:
-        return Candidate(FIXED, placement, OPT_13B).goodput(asked)
+        return Candidate(FIXED, placement, worker).goodput(asked)
 
     prefill_only = goodput(Placement(prefill=1, decode=6), Slo(0.4, 1e9))
     decode_only = goodput(Placement(prefill=6, decode=1), Slo(1e9, 0.04))
@@ -96,6 +109,8 @@ def test_distserves_order_of_placements() -> None:
         assert pools == pytest.approx(narrower, rel=0.1)
         if prefill >= decode:
             assert pools / (prefill + decode) > colocated
+    each = {n: goodput(Placement(prefill=n, decode=1)) / (n + 1) for n in (1, 2)}
+    assert (each[2] > 1.1 * each[1]) == (decode_only > 1.65 * prefill_only)
 
 
 def test_a_tight_tpot_wants_pools_and_a_loose_one_does_not() -> None:
@@ -104,12 +119,30 @@ def test_a_tight_tpot_wants_pools_and_a_loose_one_does_not() -> None:
     loose = Planner(LONG_PROMPTS, H200, 4).plan(Slo(0.5, 0.1), with_map=False)
     assert tight.disaggregate
     assert tight.answer().startswith(f"Disaggregate: {tight.best.placement.prefill} prefill and")
+    assert tight.best.placement.local_prefill_tokens == 0, "prefill has all prompts"
+    assert "--local-prefill-tokens 0, carry" in tight.answer()
+    budgets = {option.placement.max_num_batched_tokens for option in tight.variants}
+    assert len(budgets) >= 2, "the neighbouring budgets are shown"
     assert not loose.disaggregate
     assert loose.answer().startswith("Do not disaggregate: 4 colocated workers")
     for plan in (tight, loose):
         assert plan.checked == pytest.approx(0.9, abs=0.05)
         best = max(plan.ratios, key=lambda option: option.goodput)
         assert plan.best.goodput == max(plan.colocated.goodput, best.goodput)
+
+
+def test_decode_is_given_prompts_where_prefill_is_what_limits() -> None:
+    """Two workers, hardly any tokens to decode: one of them would idle."""
+    requests = workload(Lengths(1000, 0.5), Lengths(4), count=200)
+    slow = profile(per_token=1e-4, decode=(1e-3, 0.0, 0.0), kv_tokens=65_536)
+    plan = Planner(requests, slow, 2).plan(Slo(1.0, 0.5), with_map=False)
+    pools = max(plan.ratios, key=lambda option: option.goodput)
+    assert pools.placement.local_prefill_tokens > 0
+    [without] = [v for v in plan.variants if v.placement.local_prefill_tokens == 0]
+    assert pools.goodput > 1.3 * without.goodput
+    if plan.disaggregate:
+        longest = pools.placement.local_prefill_tokens
+        assert f"--local-prefill-tokens {longest}, carry" in plan.answer()
 
 
 def test_one_worker_has_no_pools() -> None:

@@ -58,6 +58,14 @@ def test_one_request_by_hand(detail: Detail) -> None:
 
 
 @pytest.mark.usefixtures("pools")
+def test_overhead_precedes_the_queue_of_each_request(detail: Detail) -> None:
+    """The second prompt comes to the worker while the first one's 100 ms still run."""
+    hasty = profile(fixed=0.0).model_copy(update={"overhead": 0.25})
+    two = [Request(0.0, 100, 1), Request(0.05, 100, 1)]
+    assert simulate(two, PAIR, hasty, detail=detail).ttft == pytest.approx([0.35, 0.40])
+
+
+@pytest.mark.usefixtures("pools")
 def test_one_colocated_request_by_hand(detail: Detail) -> None:
     by_context = profile(decode=(10e-3, 1e-3, 1e-4))
     outcome = simulate([Request(0.0, 100, 10)], Placement(colocated=1), by_context, detail=detail)
@@ -75,6 +83,41 @@ def test_a_colocated_prompt_slows_the_tokens_beside_it(detail: Detail) -> None:
     assert second == 0.0
     assert first == pytest.approx((38 * 10e-3 + 0.400) / 40)
     assert outcome.itl.percentile(100) == pytest.approx(0.255, rel=0.02)
+
+
+OWN_PROMPTS = Placement(prefill=1, decode=1, local_prefill_tokens=100)
+
+
+@pytest.mark.usefixtures("pools")
+def test_decode_computes_a_short_prompt_without_a_transfer(detail: Detail) -> None:
+    slow_link = profile(link_latency=9.0)
+    requests = [Request(0.0, 100, 11), Request(5.0, 101, 11)]
+    outcome = simulate(requests, OWN_PROMPTS, slow_link, detail=detail)
+    assert outcome.ttft == pytest.approx([0.100, 0.101])
+    assert outcome.tpot == pytest.approx([10e-3, 10e-3 + 9.0 / 10])
+
+
+@pytest.mark.usefixtures("pools")
+def test_decode_has_one_prompt_of_its_own_at_a_time(detail: Detail) -> None:
+    requests = [Request(0.0, 100, 2), Request(0.01, 80, 2), Request(0.02, 60, 2)]
+    outcome = simulate(requests, OWN_PROMPTS, profile(), detail=detail)
+    assert sorted(outcome.ttft) == pytest.approx([0.08, 0.100, 0.08 + 0.06 - 0.01])
+
+
+@pytest.mark.usefixtures("pools")
+def test_a_decode_worker_that_is_half_full_has_none(detail: Detail) -> None:
+    placement = Placement(prefill=1, decode=1, max_num_seqs=4, local_prefill_tokens=100)
+    requests = [Request(0.0, 200, 99), Request(0.01, 150, 99), Request(0.9, 50, 2)]
+    outcome = simulate(requests, placement, profile(link_latency=0.3), detail=detail)
+    assert outcome.ttft[0] == pytest.approx(0.05)
+    assert outcome.tpot[0] > 0.3, "it was handed over"
+
+
+def test_a_colocated_worker_has_no_prompts_but_its_own() -> None:
+    with pytest.raises(ConfigError, match="only a decode worker of two pools"):
+        Placement(colocated=1, local_prefill_tokens=1)
+    assert OWN_PROMPTS.with_pools(0, 2) == Placement(colocated=2)
+    assert OWN_PROMPTS.with_pools(2, 1).local_prefill_tokens == 100
 
 
 @pytest.mark.usefixtures("pools")
@@ -113,7 +156,14 @@ def test_half_a_placement_is_refused(counts: dict[str, int]) -> None:
 
 
 @pytest.mark.usefixtures("pools")
-@pytest.mark.parametrize("placement", [Placement(prefill=2, decode=2), Placement(colocated=3)])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement(prefill=2, decode=2),
+        Placement(prefill=2, decode=2, local_prefill_tokens=300),
+        Placement(colocated=3),
+    ],
+)
 def test_scarce_kv_delays_but_loses_nothing(placement: Placement, detail: Detail) -> None:
     requests = list(
         generate(rate=50, count=300, prompt=Lengths(300, 1.0), output=Lengths(150, 1.0))
@@ -138,7 +188,11 @@ def test_a_lone_prefill_worker_is_the_queue_of_the_books(load: float) -> None:
 
 @pytest.mark.parametrize(
     "placement",
-    [Placement(prefill=2, decode=1), Placement(colocated=3, max_num_batched_tokens=512)],
+    [
+        Placement(prefill=2, decode=1),
+        Placement(prefill=2, decode=1, local_prefill_tokens=1000),
+        Placement(colocated=3, max_num_batched_tokens=512),
+    ],
 )
 @pytest.mark.parametrize("rate", [15, 45])
 def test_leaps_land_where_the_real_schedulers_do(placement: Placement, rate: float) -> None:

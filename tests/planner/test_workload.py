@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from planner.workload import Lengths, Request, at_rate, generate, rate_of, read_trace
+from planner.workload import (
+    Lengths,
+    Request,
+    at_rate,
+    generate,
+    prompt_lengths,
+    rate_of,
+    read_trace,
+)
 from protocol.errors import ConfigError
 
 AZURE = "arrival_s,input_tokens,output_tokens\n0.0,374,44\n4.5,396,109\n6.0,10,0\n"
@@ -88,6 +97,13 @@ def test_generated_gaps_and_lengths_have_their_moments(burstiness: float) -> Non
     assert prompts.mean() == pytest.approx(1000, rel=0.05)
     assert prompts.std() / prompts.mean() == pytest.approx(1.0, rel=0.1)
     assert {request.output_tokens for request in drawn} == {50}
+
+
+def test_prompts_by_quarters() -> None:
+    lengths = [400, 100, 300, 200, 500]
+    requests = [Request(0.0, length, 1) for length in lengths]
+    assert prompt_lengths(requests) == [0, 200, 300, 400, 500]
+    assert prompt_lengths([replace(requests[0], cached_tokens=390)]) == [0, 10]
 
 
 def test_another_rate_keeps_the_bursts() -> None:

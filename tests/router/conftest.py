@@ -20,8 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from protocol.errors import WorkerNotFoundError
 from router.app import RouterSettings, create_app
+from router.disaggregation import Disaggregation, Mode
 from router.generation import GenerationRequest, TokenChunk
 from router.http_protocol import BoundedHttpProtocol
+from router.registry import Registry
 from router.text import TextModel
 from router.what_if_routes import Question
 
@@ -66,6 +68,7 @@ class ScriptedGenerator:
     num_open: int = 0
     num_given: int = 0  # chunks
     pools: ScriptedPools = field(default_factory=ScriptedPools)
+    prompts: Disaggregation = field(default_factory=Disaggregation)
     prediction: dict[str, Any] | Exception = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)
 
@@ -92,6 +95,12 @@ class ScriptedGenerator:
         if worker_id != "p":
             raise WorkerNotFoundError(f"no worker {worker_id!r} is registered")
         return {"id": "p", "state": "leaving"}
+
+    def disaggregation(self) -> dict[str, Any]:
+        return self.prompts.row(Registry(timeout=1.0))
+
+    def disaggregate(self, mode: Mode, local_tokens: int | None) -> None:
+        self.prompts.change(mode, local_tokens)
 
     async def predict(self, question: Question) -> dict[str, Any]:
         self.questions.append(question)

@@ -1,22 +1,19 @@
-"""The console in headless Chromium: needs the ``playwright`` package and an installed Chromium."""
+"""The console in headless Chromium, over a router whose workers are scripted."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from protocol.errors import InvalidRequestError, RoleChangeRefusedError
+from protocol.errors import InvalidRequestError, RoleChangeRefusedError, WorkerLostError
 from router.api_keys import ApiKeys
 from router.generation import TokenChunk
+from tests.browser import chromium, expect, needs_chromium, page_of
 from tests.router.conftest import PATIENCE, Router, eventually
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is on the PATH")
-expect = playwright.expect
+pytestmark = needs_chromium
 
 LOAD = {
     "max_num_seqs": 8, "num_running": 2, "num_waiting": 1, "waiting_tokens": 300,
@@ -26,24 +23,14 @@ LOAD = {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A page; an error in its console or its scripts fails the test."""
-    page = browser.new_page()
-    page.set_default_timeout(PATIENCE * 1000)
-    wrong: list[str] = []
-    page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    yield page
-    page.close()
-    # Chromium itself reports answers that are not 2xx and connections that fail.
-    assert [text for text in wrong if not text.startswith("Failed to load resource")] == []
+    with page_of(browser, PATIENCE) as page:
+        yield page
 
 
 @pytest.fixture
@@ -110,11 +97,25 @@ def test_a_request_appears_and_its_waterfall_opens_by_keyboard(page: Any, router
     dialog = page.locator("dialog#request")
     expect(dialog).to_contain_text("To the first token")
     expect(dialog.locator(".waterfall").first).to_contain_text("tokenise")
-    expect(dialog.locator(".verdict")).to_contain_text("of it was")
+    expect(dialog.locator(".verdict").first).to_contain_text("of it was")
     expect(dialog.locator(".ticks")).to_have_count(1)
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
     expect(rows.nth(1).locator("button")).to_be_focused()
+
+
+@pytest.mark.parametrize("script", [[TokenChunk([5], "length")], [WorkerLostError("gone")]])
+def test_a_request_of_one_token_or_none_is_shown_without_gaps(
+    page: Any, router: Router, script: list[TokenChunk | Exception]
+) -> None:
+    router.generator.script = script
+    router.post("/v1/completions", model="test", prompt="Say hello")
+    page.goto(router.url + "/console")
+    page.locator("#requests tbody tr button").press("Enter")
+    body = page.locator("#request-body")
+    expect(body.locator(".verdict").first).to_contain_text("of it was")
+    expect(body).not_to_contain_text("null")
+    expect(body).not_to_contain_text("undefined")
 
 
 def test_the_objective_is_kept(page: Any, router: Router) -> None:
@@ -143,6 +144,35 @@ def test_the_key_is_asked_for_once(page: Any, start: Callable[..., Router]) -> N
     expect(page.locator("#status")).to_have_text("Serving")
     page.reload()
     expect(page.locator("#status")).to_have_text("Serving")
+    expect(page.locator("#key")).to_be_hidden()
+
+
+def test_an_api_key_is_not_enough_where_there_is_an_admin_key(
+    page: Any, start: Callable[..., Router]
+) -> None:
+    router = start(api_keys=ApiKeys(["client"]), admin_keys=ApiKeys(["operator"]))
+    page.goto(router.url + "/console")
+    for key, says in (("client", "the key given is an API key"), ("nobody", "missing or wrong")):
+        page.locator("#key-input").fill(key)
+        page.keyboard.press("Enter")
+        expect(page.locator("#key-problem")).to_contain_text(says)
+    page.locator("#key-input").fill("operator")
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_have_text("Serving")
+
+
+def test_why_an_api_key_changes_nothing_is_said(
+    page: Any, start: Callable[..., Router], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = start(api_keys=ApiKeys(["client"]))
+    rows = [{"id": "decode-0", "role": "decode", "state": "serving", "load": LOAD}]
+    monkeypatch.setattr(router.generator, "workers", lambda: rows)
+    page.goto(router.url + "/console")
+    page.locator("#key-input").fill("client")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Drain decode-0").press("Enter")
+    page.locator("#drain-yes").press("Enter")
+    expect(page.locator("#drain-error")).to_contain_text("--admin-api-key")
     expect(page.locator("#key")).to_be_hidden()
 
 

@@ -36,7 +36,7 @@ def fuzzed(text: TextModel) -> Iterator[Router]:
     template = ChatTemplate("{{ messages | tojson }}{{ tools | tojson }}", {})
     model = replace(text, chat_template=template, tool_format=FORMATS["hermes"], thinks=True)
     with routers(model) as start:
-        router = start(api_keys=ApiKeys(["key"]))
+        router = start(api_keys=ApiKeys(["key"]), admin_keys=ApiKeys(["key"]))
         router.say("A short answer.")
         yield router
         assert router.generator.num_open == 0

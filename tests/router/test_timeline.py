@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+import socket
+import time
 
+import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -11,10 +16,15 @@ from protocol.errors import DeadlineError, RequestNotFoundError
 from protocol.messages import Left
 from protocol.sampling import SamplingParams
 from router.activity import NUM_SLOTS, SLOT, Activity, Histogram, Objective, percentiles
-from router.generation import GenerationRequest
+from router.answers import AnswerHead, CompletionShape
+from router.generation import GenerationRequest, TokenChunk
 from router.metrics import RouterMetrics, SequenceTimer
+from router.output import Output
 from router.request_log import MAX_RECENT, SLOW_PER_MINUTE, Record, RequestLog
+from router.stream import Choice, Job, run
+from router.text import TextModel
 from router.timeline import MAX_TIMES, Stage, Timeline, TokenTimes
+from tests.router.conftest import PATIENCE, Router, ScriptedGenerator
 from tests.router_scene import Scene, first, tokens
 
 GOAL = Objective(time_to_first_token=1.0, time_per_output_token=0.1)
@@ -29,7 +39,7 @@ def names(timeline: Timeline) -> list[str]:
 
 
 def test_the_stages_add_up_to_the_time_to_first_token() -> None:
-    timeline = Timeline(received=10.0)
+    timeline = Timeline.begun(received=10.0, read=10.25)
     for at, stage in ((10.5, "router_queue"), (12.0, "prefill"), (15.0, "decode")):
         timeline.enter(stage, at)
     timeline.deliver(1, 15.25)
@@ -37,7 +47,8 @@ def test_the_stages_add_up_to_the_time_to_first_token() -> None:
     timeline.enter("deliver", 17.0)
     timeline.end(17.5)
     assert timeline.stages(99.0) == [
-        Stage("tokenise", 10.0, 0.5),
+        Stage("receive", 10.0, 0.25),
+        Stage("tokenise", 10.25, 0.25),
         Stage("router_queue", 10.5, 1.5),
         Stage("prefill", 12.0, 3.0),
         Stage("deliver", 15.0, 0.25),
@@ -45,7 +56,8 @@ def test_the_stages_add_up_to_the_time_to_first_token() -> None:
         Stage("deliver", 17.0, 0.5),
     ]
     assert timeline.time_to_first_token == 5.25
-    assert sum(stage.seconds for stage in timeline.stages(99.0)[:4]) == 5.25
+    assert sum(stage.seconds for stage in timeline.stages(99.0)[:5]) == 5.25
+    assert timeline.overhead == 0.5 + 0.25
     assert timeline.time_per_output_token == pytest.approx(0.75 / 2)
     assert timeline.longest_wait(99.0) == 5.25
 
@@ -60,7 +72,7 @@ def test_a_workers_account_divides_a_stage() -> None:
     timeline.deliver(1, 7.0)
     timeline.end(9.0)
     assert timeline.stages(9.0) == [
-        Stage("tokenise", 0.0, 1.0),
+        Stage("receive", 0.0, 1.0),
         Stage("to_prefill", 1.0, 0.25),
         Stage("prefill_queue", 1.25, 0.5),
         Stage("grant", 1.75, 0.25),
@@ -88,10 +100,42 @@ def test_a_first_token_that_is_delivered_after_the_last_one_came() -> None:
     assert timeline.stages(9.0)[2:] == [Stage("deliver", 2.0, 1.0), Stage("deliver", 3.0, 0.5)]
 
 
+def test_what_happens_while_the_first_token_is_written_is_no_part_of_the_time_to_it() -> None:
+    timeline = Timeline(received=0.0)
+    timeline.enter("prefill", 1.0)
+    timeline.enter("decode", 2.0)
+    timeline.account({"first_step": 0.5}, 3.0)  # by a token that waits behind the first one
+    timeline.enter("router_queue", 3.5)  # another attempt
+    timeline.deliver(1, 4.0)
+    assert timeline.stages(5.0)[2:] == [Stage("deliver", 2.0, 2.0), Stage("router_queue", 4.0, 1.0)]
+
+
+def test_who_had_the_sequence_in_a_stage() -> None:
+    timeline = Timeline(received=0.0)
+    for at, attempt in ((1.0, ("p0", "d0")), (4.0, (None, "d1"))):
+        timeline.enter("router_queue", at)
+        timeline.enter("prefill", at + 1)
+        timeline.attempts.append(attempt)
+        timeline.account({"prefill_queue": 0.25, "prefill": 0.25}, at + 2)
+        timeline.enter("decode", at + 2)
+    timeline.end(7.0)
+    workers = [(stage.name, timeline.worker(stage)) for stage in timeline.stages(7.0)]
+    prefill = ["to_prefill", "prefill_queue", "prefill"]
+    assert workers == [
+        ("receive", None),
+        ("router_queue", None),
+        *((name, "p0") for name in prefill),
+        ("decode", "d0"),
+        ("router_queue", None),
+        *((name, "d1") for name in prefill),
+        ("decode", "d1"),
+    ]
+
+
 def test_a_sequence_under_way_is_in_its_last_stage_until_now() -> None:
     timeline = Timeline(received=0.0)
     timeline.enter("router_queue", 1.0)
-    assert timeline.stages(5.0) == [Stage("tokenise", 0.0, 1.0), Stage("router_queue", 1.0, 4.0)]
+    assert timeline.stages(5.0) == [Stage("receive", 0.0, 1.0), Stage("router_queue", 1.0, 4.0)]
     assert timeline.longest_wait(5.0) == 5.0
     assert timeline.time_to_first_token is None
 
@@ -126,8 +170,56 @@ def test_the_dispatcher_writes_the_stages_of_each_attempt() -> None:
     scene.say("p0", first(2, 2, 9))
     scene.say("d1", tokens(2, 3, 10, last=True))
     again = ["router_queue", "prefill", "decode"]
-    assert names(timeline) == ["tokenise", "prefill", "decode", *again, "deliver"]
+    assert names(timeline) == ["receive", "prefill", "decode", *again, "deliver"]
     assert timeline.attempts == [("p0", "d0"), ("p0", "d1")]
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2])
+async def test_a_token_is_delivered_once_its_consumer_comes_back(
+    text: TextModel, num_sequences: int
+) -> None:
+    generator = ScriptedGenerator([TokenChunk([300]), TokenChunk([301]), TokenChunk([302], "stop")])
+    choices = [
+        Choice(request(), Output(index, text.detokenizer([], skip_special_tokens=True)))
+        for index in range(num_sequences)
+    ]
+    job = Job(
+        head=AnswerHead("cmpl-1", "m", "fp"),
+        shape=CompletionShape(None),
+        choices=choices,
+        num_sequences=num_sequences,
+        num_shown=num_sequences,
+        stream=True,
+        include_usage=False,
+        return_token_ids=False,
+    )
+    written: list[list[float]] = [[] for _ in choices]
+    async for piece in run(job, generator, RouterMetrics(CollectorRegistry())):
+        await asyncio.sleep(0.01)  # a slow client
+        written[piece.index].append(time.monotonic())
+    for choice, times in zip(choices, written, strict=True):
+        timeline = choice.request.timeline
+        assert timeline.first_token is not None
+        assert times[0] <= timeline.first_token <= times[1]
+
+
+def test_a_request_begins_with_its_first_byte(router: Router) -> None:
+    router.say("Hi")
+    body = json.dumps({"model": "test", "prompt": "Some", "max_tokens": 9}).encode()
+    with socket.create_connection(("127.0.0.1", router.port), PATIENCE) as connection:
+        for part in (b"POST /v1/completions HTTP/1.1\r\n", b"Connection: close\r\n"):
+            connection.sendall(part)
+            time.sleep(0.1)
+        connection.sendall(b"Content-Length: %d\r\n\r\n" % len(body))
+        time.sleep(0.1)
+        connection.sendall(body)
+        while connection.recv(65_536):
+            pass
+    [row] = httpx.get(f"{router.url}/admin/requests", timeout=PATIENCE).json()["recent"]
+    found = httpx.get(f"{router.url}/admin/requests/{row['id']}", timeout=PATIENCE).json()
+    first = found["sequences"][0]["stages"][0]
+    assert (first["name"], first["start"]) == ("receive", 0.0)
+    assert first["seconds"] >= 0.25
 
 
 def timed(metrics: RouterMetrics, error: BaseException | None) -> Record:
@@ -165,6 +257,43 @@ def ended(log: RequestLog, name: str, received: float, end: float) -> Record:
     log.begin(record)
     log.end(record, "stop", end)
     return record
+
+
+def test_a_sequence_that_ends_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    timeline = Timeline(received=0.0)
+    timeline.enter("prefill", 0.25)
+    timeline.attempts.append(("p0", "d0"))
+    timeline.enter("router_queue", 0.5)
+    timeline.enter("prefill", 1.0)
+    timeline.attempts.append((None, "d1"))
+    timeline.enter("decode", 2.0)
+    timeline.deliver(3, 2.0)
+    log, record = RequestLog(), Record("cmpl-1f-0", 7, timeline, num_cached_tokens=4)
+    log.begin(record)
+    with caplog.at_level(logging.INFO):
+        log.end(record, "length", 4.0)
+    [line] = caplog.records
+    stages = "receive 250.0, prefill 1250.0, router_queue 500.0, deliver 0.0, decode 2000.0"
+    assert line.getMessage() == f"request cmpl-1f-0 length: 7 + 3 tokens on d1; ms: {stages}"
+    assert vars(line)["fields"] == {
+        "request_id": "cmpl-1f",
+        "sequence": "cmpl-1f-0",
+        "outcome": "length",
+        "path": "local",
+        "prefill_worker": None,
+        "decode_worker": "d1",
+        "attempts": 2,
+        "prompt_tokens": 7,
+        "cached_tokens": 4,
+        "output_tokens": 3,
+        "stages_ms": {
+            "receive": 250.0,
+            "prefill": 1250.0,
+            "router_queue": 500.0,
+            "deliver": 0.0,
+            "decode": 2000.0,
+        },
+    }
 
 
 def test_the_log_is_bounded_and_keeps_the_slowest() -> None:

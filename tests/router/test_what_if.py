@@ -73,6 +73,15 @@ def test_a_question_carries_the_workload_and_the_workers(router: Router) -> None
     assert question.workers == router.generator.workers()
 
 
+def test_the_latency_model_is_asked_for_without_pools(router: Router) -> None:
+    router.generator.prediction = {"name": "observed"}
+    answer = httpx.get(router.url + "/admin/latency-model", timeout=PATIENCE)
+    assert answer.json() == {"name": "observed"}
+    [question] = router.generator.questions
+    assert question.asked is None
+    assert question.workers == router.generator.workers()
+
+
 @pytest.mark.parametrize(
     ("wrong", "param"),
     [

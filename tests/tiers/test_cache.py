@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from engine.tiers import cache as cache_module
 from engine.tiers.disk import DiskTier
 from engine.tiers.host import HostTier
-from tests.tiers.worker import BLOCK_SIZE, ROW_BYTES, GatedTier, TieredWorker
-
-LONG = 10  # blocks
-
-
-def prompt(first: int, blocks: int = LONG) -> list[int]:
-    """``blocks`` full blocks and a token, alike for two prompts only if ``first`` is."""
-    return [first, *range(100, 100 + blocks * BLOCK_SIZE)]
+from tests.tiers.worker import (
+    BLOCK_SIZE,
+    LONG,
+    ROW_BYTES,
+    GatedTier,
+    TieredWorker,
+    prompt,
+    spilled,
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -59,12 +60,6 @@ def test_first_tokens_are_those_of_a_pool_without_tiers(
     asyncio.run(run())
 
 
-async def spilled(worker: TieredWorker) -> None:
-    """Prompt 1 is in the tier and not in the pool."""
-    assert await worker.ask("1", prompt(1)) == 0
-    assert await worker.ask("2", prompt(2)) == 0
-
-
 def test_an_evicted_prefix_comes_back_and_counts_as_cached() -> None:
     async def run() -> None:
         tier = GatedTier(64)
@@ -84,7 +79,7 @@ def test_the_disk_tier_serves_the_next_worker_and_no_other_model(tmp_path: Path)
     async def run() -> None:
         for salt, cached in ((b"a", 0), (b"a", LONG * BLOCK_SIZE), (b"b", 0)):
             disk = DiskTier(tmp_path, 64 * ROW_BYTES, ROW_BYTES, salt)
-            worker = TieredWorker(30, disk, salt)
+            worker = TieredWorker(30, disk, salt=salt)
             async with worker.running():
                 assert await worker.ask("1", prompt(1)) == cached
 
@@ -95,7 +90,7 @@ def test_what_the_host_gives_up_goes_to_the_disk(tmp_path: Path) -> None:
     async def run() -> None:
         disk = DiskTier(tmp_path, 64 * ROW_BYTES, ROW_BYTES, b"")
         host = HostTier(4 * ROW_BYTES, ROW_BYTES, disk)
-        worker = TieredWorker(12, host)
+        worker = TieredWorker(12, host, disk)
         async with worker.running():
             await spilled(worker)
             assert len(host.slots) == 4
@@ -224,5 +219,21 @@ def test_a_cancelled_prompts_blocks_still_arrive() -> None:
             tier.may_load.clear()
             worker.add("4", prompt(1))
             assert worker.step()
+
+    asyncio.run(run())
+
+
+def test_restoring_leaves_others_the_room_they_need() -> None:
+    async def run() -> None:
+        tier = GatedTier(64)
+        worker = TieredWorker(12, tier)
+        async with worker.running():
+            await spilled(worker)
+            worker.pool.release(worker.pool.allocate(12) or [])  # forgets all names
+            waiting = worker.sequence("3", prompt(1))
+            assert worker.cache.ready(waiting, 0.0, headroom=12 - LONG + 1)
+            assert not worker.cache.owned_blocks()
+            assert not worker.cache.ready(waiting, 0.0, headroom=12 - LONG)
+            await worker.settle()
 
     asyncio.run(run())

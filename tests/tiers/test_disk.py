@@ -117,6 +117,22 @@ def test_sizes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         tier(tmp_path / "file")
 
 
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be kept in /proc/kvferry"):
+        tier(Path("/proc/kvferry"))
+    disk = tier(tmp_path)
+    put(disk, 1)
+    disk.close()
+    for path in (tmp_path / "blocks", tmp_path / "index", tmp_path / "lock"):
+        path.rename(tmp_path / "away")
+        path.mkdir()
+        with pytest.raises(ConfigError, match="cannot be kept"):
+            tier(tmp_path)
+        path.rmdir()
+        (tmp_path / "away").rename(path)
+    assert held(tier(tmp_path)) == [1]  # nothing of a refused start is in its way
+
+
 @pytest.mark.parametrize("kind", ["flipped", "zeroed", "exchanged"])
 def test_damage_to_a_block_is_found_and_only_that_block_is_lost(tmp_path: Path, kind: str) -> None:
     disk = tier(tmp_path)

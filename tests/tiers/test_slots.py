@@ -21,6 +21,7 @@ def test_it_holds_what_was_used_last_and_never_more_than_its_bound(
     evicted = 0
     for operation, number in operations:
         name = bytes([number])
+        before = {*recent}
         match operation:
             case "add" if name not in table:
                 oldest = table.oldest()
@@ -38,6 +39,8 @@ def test_it_holds_what_was_used_last_and_never_more_than_its_bound(
                 if name in recent:
                     recent.remove(name)
                     recent.append(name)
+        assert {*table.take_left()} == before - {*recent}
+        assert {*table.names()} == {*recent}
         assert len(table) == len(recent) <= num_slots
         assert all(name in table for name in recent)
         assert table.num_evicted == evicted

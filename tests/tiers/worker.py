@@ -20,9 +20,10 @@ from protocol.sampling import SamplingParams
 from tests.fake_model import Memory, generate
 
 BLOCK_SIZE = 4  # tokens
+LONG = 10  # blocks of a long prompt
 ROW_BYTES = 8 * BLOCK_SIZE
 SAMPLING = SamplingParams(max_tokens=5)
-DEADLINE = 20.0  # seconds, generous
+DEADLINE = 120.0  # seconds, generous: the first copy may have to compile its kernel
 
 
 class GatedTier(HostTier):
@@ -46,13 +47,16 @@ class GatedTier(HostTier):
 
 
 class TieredWorker:
-    """Steps are made by ``step``; finished prompts give their blocks back at once."""
+    """Steps are made by ``step``; finished prompts give their blocks back at once.
 
-    def __init__(self, num_blocks: int, tier: Tier, salt: bytes = b"") -> None:
+    ``tiers``: the fastest first.
+    """
+
+    def __init__(self, num_blocks: int, *tiers: Tier, salt: bytes = b"") -> None:
         self.pool = BlockPool(num_blocks, BLOCK_SIZE, salt)
         self.memory = Memory(num_blocks, BLOCK_SIZE)
         self.cache = TieredCache(
-            self.pool, BlockCopier(torch.from_numpy(self.memory.rows), tier), tier, ROW_BYTES
+            self.pool, BlockCopier(torch.from_numpy(self.memory.rows), tiers[0]), tiers, ROW_BYTES
         )
         self.scheduler = PrefillScheduler(
             self.pool, max_num_batched_tokens=8, max_num_seqs=4, ask_ahead=4
@@ -75,8 +79,11 @@ class TieredWorker:
                 await saving
             self.cache.close()
 
+    def sequence(self, name: str, prompt: list[int]) -> Sequence:
+        return Sequence(name, list(prompt), len(prompt), SAMPLING)
+
     def add(self, name: str, prompt: list[int]) -> Sequence:
-        sequence = Sequence(name, list(prompt), len(prompt), SAMPLING)
+        sequence = self.sequence(name, prompt)
         self.scheduler.add(sequence)
         self.scheduler.grant(name)
         return sequence
@@ -103,13 +110,13 @@ class TieredWorker:
                     await self.changed.wait()
                 await asyncio.sleep(0)
 
-    async def settle(self) -> None:
-        """Until nothing is being copied and nothing is left to save."""
+    async def settle(self, *others: Sequence) -> None:
+        """Until nothing is being copied and nothing is left to save. ``others`` hold blocks too."""
         async with asyncio.timeout(DEADLINE):
             while self.cache.busy:
                 self.changed.clear()
                 await self.changed.wait()
-        self.check()
+        self.check(*others)
 
     async def ask(self, name: str, prompt: list[int]) -> int:
         """Compute a prompt alone; how many of its tokens were cached."""
@@ -118,5 +125,17 @@ class TieredWorker:
         await self.settle()
         return sequence.num_cached
 
-    def check(self) -> None:
-        self.pool.check_integrity([*self.scheduler.owned_blocks(), *self.cache.owned_blocks()])
+    def check(self, *others: Sequence) -> None:
+        owned = [*self.scheduler.owned_blocks(), *self.cache.owned_blocks()]
+        self.pool.check_integrity([*owned, *(sequence.block_table for sequence in others)])
+
+
+def prompt(first: int, blocks: int = LONG) -> list[int]:
+    """``blocks`` full blocks and a token, alike for two prompts only if ``first`` is."""
+    return [first, *range(100, 100 + blocks * BLOCK_SIZE)]
+
+
+async def spilled(worker: TieredWorker) -> None:
+    """Prompt 1 is in the tier and not in the pool."""
+    assert await worker.ask("1", prompt(1)) == 0
+    assert await worker.ask("2", prompt(2)) == 0

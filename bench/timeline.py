@@ -1,0 +1,145 @@
+"""Whether the stages of a request add up to what its client waited for the first token.
+
+    python -m bench.timeline --requests 200
+
+Starts ``kvferry serve`` and streams completions with httpx, from one client and from several at
+once, each as fast as it is answered. A client's time to first token is from its call of httpx to
+the first event with text; ``GET /admin/requests/{id}`` tells the stages up to the same token. The
+difference is what nobody accounts for: sockets and the client's own time, before the router read
+the request's first byte and after it wrote the token. Both ends read the same host's clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.latency import wait_until_ready
+from tests.stack import free_port
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE, SHARE = 2e-3, 0.05  # seconds and share of the time to first token: the larger counts
+ROUNDING = 2e-6  # seconds: of three times, each rounded to a microsecond
+WARM_UP = 3  # requests of each client that are not counted
+OUTPUT_TOKENS = 8
+PERCENTILES = (1, 10, 50, 90, 99)
+
+
+class Wait(NamedTuple):
+    """One request's time to first token, in seconds."""
+
+    client: float  # as the client measured it
+    stages: float  # the sum of the router's stages
+    before: float  # from the client's call to the router's first byte
+    after: float  # from the router's write to the client's reading
+
+
+def main(
+    model: Annotated[str, typer.Option(help="What to serve.")] = "demo",
+    requests: Annotated[int, typer.Option(help="At each number of clients.", min=100)] = 400,
+    clients: Annotated[list[int], typer.Option(help="Numbers of clients.", min=1)] = [1, 8],  # noqa: B006
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 256,
+) -> None:
+    """Print the figures and write them to bench/results/timeline.json."""
+    port = free_port()
+    command = [sys.executable, "-m", "cli.main", "serve", "--port", str(port), "--model", model]
+    command += ["--disaggregation", "always"]
+    serve = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(url)
+        rows = [asyncio.run(measure(url, requests, number, prompt_tokens)) for number in clients]
+    finally:
+        serve.terminate()
+        serve.wait()
+    show(rows)
+    RESULTS.mkdir(exist_ok=True)
+    settings = {"model": model, "requests": requests, "prompt_tokens": prompt_tokens}
+    record = {"settings": settings, "clients": rows}
+    (RESULTS / "timeline.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+async def measure(url: str, requests: int, clients: int, prompt_tokens: int) -> dict[str, float]:
+    """The figures of so many clients, in milliseconds. Asks for timelines only at the end."""
+    rng = random.Random(clients)
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+
+        async def one_client() -> list[tuple[str, float, float]]:
+            answers = []
+            for _ in range(WARM_UP + requests // clients):
+                prompt = [rng.randrange(300, 3000) for _ in range(prompt_tokens)]
+                body = {"model": model, "prompt": prompt, "max_tokens": OUTPUT_TOKENS}
+                body |= {"stream": True, "ignore_eos": True}
+                answers.append(await first_event(client, body))
+            return answers[WARM_UP:]
+
+        groups = await asyncio.gather(*(one_client() for _ in range(clients)))
+        waits = [
+            compare((await client.get(f"/admin/requests/{answer_id}")).json(), sent, read)
+            for group in groups
+            for answer_id, sent, read in group
+        ]
+    return {"clients": clients, **figures(waits)}
+
+
+async def first_event(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[str, float, float]:
+    """An answer's id, and when it was asked for and its first event read, in Unix seconds."""
+    read, answer_id = 0.0, ""
+    sent = time.time()
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {") and not answer_id:
+                read = time.time()
+                answer_id = json.loads(line.removeprefix("data: "))["id"]
+    return answer_id, sent, read
+
+
+def compare(request: dict[str, Any], sent: float, read: float) -> Wait:
+    """The client's account of a request and the router's."""
+    (sequence,) = request["sequences"]
+    received, seconds = sequence["received"], sequence["time_to_first_token"]
+    end = seconds + ROUNDING
+    stages = [s["seconds"] for s in sequence["stages"] if s["start"] + s["seconds"] <= end]
+    return Wait(read - sent, sum(stages), received - sent, read - received - seconds)
+
+
+def figures(waits: list[Wait]) -> dict[str, float]:
+    """Percentiles in milliseconds, and the share of requests whose difference is tolerable."""
+    within = [abs(w.client - w.stages) <= max(TOLERANCE, SHARE * w.client) for w in waits]
+    rows = {
+        "unaccounted": [w.client - w.stages for w in waits],
+        "before": [w.before for w in waits],
+        "after": [w.after for w in waits],
+    }
+    result = {"requests": len(waits), "within": sum(within) / len(waits)}
+    result["time_to_first_token_p50"] = statistics.median(w.client for w in waits) * 1e3
+    for name, values in rows.items():
+        cuts = statistics.quantiles(values, n=100)
+        result |= {f"{name}_p{p}": cuts[p - 1] * 1e3 for p in PERCENTILES}
+    return result
+
+
+def show(rows: list[dict[str, float]]) -> None:
+    """Print a column for each number of clients."""
+    table = Table("times in ms", *(f"{row['clients']:g} clients" for row in rows))
+    for name in list(rows[0])[1:]:
+        table.add_row(name, *(f"{row[name]:.3f}" for row in rows))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
