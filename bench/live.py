@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from random import randrange
 from statistics import mean
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ from rich.table import Table
 from bench.latency import wait_until_ready
 from bench.streams import stream
 from planner.fit import observed_profile
-from planner.observed import Row, overhead_of, placement_of
+from planner.observed import Row, placement_of
 from planner.outcome import Outcome
 from planner.profile import Link
 from planner.simulator import simulate
@@ -95,8 +95,7 @@ def _deployment(
             requests = _draw(load * carried, seconds, lengths)
             runs.append((load * carried, *asyncio.run(_send(url, served, requests))))
         told = httpx.get(f"{url}/admin/workload?seconds=3600").json()["rows"]
-        overhead = overhead_of([Row(*row) for row in told])
-        profile = observed_profile(_workers(url), overhead, LOCAL)
+        profile = observed_profile(_workers(url), [Row(*row) for row in told], LOCAL)
     finally:
         serve.terminate()
         serve.wait()
@@ -129,14 +128,13 @@ async def _send(url: str, model: str, requests: list[Request]) -> tuple[list[Req
     began, outcome = time.perf_counter(), Outcome()
     sent: list[Request] = []
 
-    async def one(number: int, request: Request) -> None:
+    async def one(request: Request) -> None:
         await asyncio.sleep(began + request.arrival - time.perf_counter())
         now = time.perf_counter()
         sent.append(replace(request, arrival=now - began))
-        rng = random.Random(number)
         body = {
             "model": model,
-            "prompt": [rng.randrange(300, 3000) for _ in range(request.prompt_tokens)],
+            "prompt": [randrange(300, 3000) for _ in range(request.prompt_tokens)],  # never cached
             "max_tokens": request.output_tokens,
             "stream": True,
             "ignore_eos": True,
@@ -149,7 +147,7 @@ async def _send(url: str, model: str, requests: list[Request]) -> tuple[list[Req
         else:
             outcome.num_rejected += 1
 
-    await asyncio.gather(*(one(number, request) for number, request in enumerate(requests)))
+    await asyncio.gather(*map(one, requests))
     return sorted(sent, key=lambda request: request.arrival), outcome
 
 

@@ -15,7 +15,7 @@ from cli.admin_client import ask
 from cli.options import Attainment, OperatorKey, RouterUrl, SloTpot, SloTtft
 from cli.plan import record, show
 from planner.fit import observed_profile
-from planner.observed import Row, outcome_of, overhead_of, placement_of, repeated, requests_of
+from planner.observed import Row, outcome_of, placement_of, repeated, requests_of
 from planner.outcome import Slo
 from planner.placement import Placement
 from planner.plan import MARGIN, Option, Plan, Planner
@@ -46,7 +46,7 @@ def advise(
     rows = [Row(*row) for row in told[-requests:]]
     try:
         came = requests_of(rows)
-        profile = observed_profile(workers, overhead_of(rows))
+        profile = observed_profile(workers, rows)
         usual = mean(request.prompt_tokens for request in came)
         present = placement_of(workers, usual, disaggregation["longest_local_prompt"])
         workload = repeated(came, requests)

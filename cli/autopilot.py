@@ -21,7 +21,7 @@ from cli.scaling import Scale, chosen_scale
 from planner.autopilot import decide, judge, predictor
 from planner.autopilot_terms import Decision, Limits, Observation, Pools, State
 from planner.fit import observed_profile
-from planner.observed import Row, overhead_of, placement_of
+from planner.observed import Row, placement_of
 from planner.outcome import Slo
 from planner.workload import Request
 from protocol.errors import ConfigError, KvferryError
@@ -121,7 +121,7 @@ class Autopilot:
 
         def predict(requests: Sequence[Request], pools: Pools) -> float:
             placement = placement_of(workers, mean(request.prompt_tokens for request in requests))
-            profile = observed_profile(workers, overhead_of(rows))
+            profile = observed_profile(workers, rows)
             return predictor(profile, placement, self._limits.slo)(requests, pools)
 
         self._state, decision = decide(seen, self._state, now, self._limits, predict)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from planner.fit import observed_profile
-from planner.observed import Row, overhead_of
+from planner.observed import Row
 from planner.outcome import Slo
 from planner.what_if import answer
 from protocol.errors import ConfigError
@@ -36,7 +36,7 @@ def main() -> None:
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
     asked, workers = question["asked"], question["workers"]
     rows = [Row(*row) for row in question["workload"]]
-    profile = observed_profile(workers, overhead_of(rows))
+    profile = observed_profile(workers, rows)
     if asked is None:
         return profile.model_dump()
     found = answer(

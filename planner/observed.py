@@ -30,6 +30,7 @@ class Row(NamedTuple):
     ttft: float | None
     tpot: float | None
     overhead: float | None = None  # of the ttft: neither waiting for resources nor computing
+    transfer: float | None = None  # from the first token until decode had the KV
 
 
 def requests_of(rows: Sequence[Row]) -> list[Request]:
@@ -57,8 +58,24 @@ def requests_of(rows: Sequence[Row]) -> list[Request]:
 
 def overhead_of(rows: Sequence[Row]) -> float:
     """The usual overhead of a request, in seconds; 0 where none was told."""
-    told = [row.overhead for row in rows if row.overhead is not None]
-    return max(0.0, median(told)) if told else 0.0
+    return _usual([row.overhead for row in rows if row.overhead is not None])
+
+
+def link_latency_of(rows: Sequence[Row], chunk: int, second_per_token: float) -> float | None:
+    """What a transfer usually takes beside the bytes of a prompt's last chunk, in seconds.
+
+    ``chunk`` is the longest in tokens. None where nothing was transferred.
+    """
+    told = [
+        row.transfer - min(chunk, row.prompt_tokens - row.cached_tokens) * second_per_token
+        for row in rows
+        if row.transfer is not None
+    ]
+    return _usual(told) if told else None
+
+
+def _usual(seconds: Sequence[float]) -> float:
+    return max(0.0, median(seconds)) if seconds else 0.0
 
 
 def outcome_of(rows: Sequence[Row]) -> Outcome:

@@ -196,6 +196,12 @@ class Timeline:
         return self.first_token - self.received - counted
 
     @property
+    def transfer(self) -> float | None:
+        """Seconds from the first token until decode had the KV; None where nothing was awaited."""
+        seconds = [s.seconds for s in self._stages if s.name == UNACCOUNTED[DECODE]]
+        return seconds[-1] if seconds else None
+
+    @property
     def time_per_output_token(self) -> float | None:
         """Mean seconds of the tokens but the first; None before there are two."""
         if self.first_token is None or self.last_token is None or self.tokens.count < 2:

@@ -24,6 +24,7 @@ class Observed(NamedTuple):
     ttft: float | None  # None: it was turned away or failed before its first token
     tpot: float | None  # None: it got fewer than two tokens
     overhead: float | None  # of the ttft: neither waiting for resources nor computing
+    transfer: float | None  # from the first token until decode had the KV
 
 
 class WorkloadLog:
@@ -44,6 +45,7 @@ class WorkloadLog:
                 timeline.time_to_first_token,
                 timeline.time_per_output_token,
                 timeline.overhead,
+                timeline.transfer,
             )
         )
 
@@ -58,6 +60,7 @@ class WorkloadLog:
                 ttft=_rounded(one.ttft),
                 tpot=_rounded(one.tpot),
                 overhead=_rounded(one.overhead),
+                transfer=_rounded(one.transfer),
             )
             for one in found[-limit:]
         ]

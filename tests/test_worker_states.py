@@ -86,6 +86,7 @@ class Model:
             cast("Server", self.wire),
             "router",
             lambda worker, left: self.lost.append((worker.worker_id, left)),
+            lambda: 0.0,
         )
         roles: dict[str, Role] = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
         self.standings = {name: Standing(role) for name, role in roles.items()}

@@ -58,6 +58,7 @@ def test_the_stages_add_up_to_the_time_to_first_token() -> None:
     assert timeline.time_to_first_token == 5.25
     assert sum(stage.seconds for stage in timeline.stages(99.0)[:5]) == 5.25
     assert timeline.overhead == 0.5 + 0.25
+    assert timeline.transfer is None
     assert timeline.time_per_output_token == pytest.approx(0.75 / 2)
     assert timeline.longest_wait(99.0) == 5.25
 
@@ -82,6 +83,7 @@ def test_a_workers_account_divides_a_stage() -> None:
         Stage("first_step", 6.0, 1.0),
         Stage("decode", 7.0, 2.0),
     ]
+    assert timeline.transfer == 1.5
 
 
 def test_an_account_of_more_than_there_was_is_cut() -> None:
