@@ -6,8 +6,9 @@ Ours is the whole path: from ``send_blocks`` on one transfer thread to ``BlocksR
 other, cutting, staging and the digests of both ends included, and the digests compared; over UCX,
 and over mapped memory as between workers of one host, which UCX's settings do not touch. Theirs
 is tag_bw between two buffers. Each runs with UCX's own TCP segment sizes and with kvferry's, and
-theirs with and without the peer error handling that ours cannot do without. One repeat runs every
-case once, in turn, so that a busy machine is busy for all of them; figures are medians.
+theirs with and without the peer error handling that ours cannot do without. Each end has a core of
+its own. One repeat runs every case once, in turn, so that a busy machine is busy for all of them;
+figures are medians.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,10 @@ class Ours:
         environment = {"UCX_TLS": tls, **SEGMENTS[segments]}
         shape = [str(self.num_bytes), str(self.row_bytes), str(transfers)]
         shape += ["scattered" if self.scattered else "adjacent", self.transport]
-        with _process(["receive", *shape], environment) as receiver:
+        with _process(["receive", *shape], environment, core=0) as receiver:
             assert receiver.stdout is not None
             address = receiver.stdout.readline().strip()
-            with _process(["send", *shape, address], environment) as sender:
+            with _process(["send", *shape, address], environment, core=1) as sender:
                 assert sender.stdout is not None
                 sent = json.loads(sender.stdout.readline())
                 received = json.loads(receiver.communicate(timeout=120)[0])
@@ -97,7 +98,9 @@ class Theirs:
         command = [str(PERFTEST), "-p", port, "-m", "host"]
         test = ["-t", "tag_bw", "-s", str(self.num_bytes), "-f"]
         test += ["-n", str(transfers), "-w", str(WARM_UP)] + ["-e"] * self.error_handling
-        server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        server = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, preexec_fn=_on_core(0)
+        )
         try:
             for _ in range(100):
                 time.sleep(0.1)
@@ -107,6 +110,7 @@ class Theirs:
                     capture_output=True,
                     text=True,
                     timeout=120,
+                    preexec_fn=_on_core(1),
                 )
                 if client.returncode == 0:
                     break
@@ -121,7 +125,7 @@ class Theirs:
 @app.command()
 def compare(
     megabytes: Annotated[int, typer.Option(help="MiB of one transfer")] = 64,
-    transfers: Annotated[int, typer.Option(help="Transfers in one run")] = 16,
+    transfers: Annotated[int, typer.Option(help="Transfers in one run")] = 64,
     repeats: Annotated[int, typer.Option(help="Runs of every case")] = 5,
     tls: Annotated[str, typer.Option(help="UCX_TLS of both")] = "tcp",
     out: Annotated[Path, typer.Option(help="Where the JSON goes")] = Path("bench/results"),
@@ -249,14 +253,24 @@ def _worker(
     thread.stop()
 
 
+def _on_core(number: int) -> Callable[[], None]:
+    """Keeps a process to one core: else a scheduler may put both ends on the same one."""
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[number % len(cores)]
+    return lambda: os.sched_setaffinity(0, {core})
+
+
 @contextmanager
-def _process(arguments: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+def _process(
+    arguments: list[str], environment: dict[str, str], core: int
+) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, __file__, *arguments],
         env={**os.environ, "PYTHONPATH": f".:{os.environ.get('PYTHONPATH', '')}", **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=_on_core(core),
     )
     try:
         yield process
