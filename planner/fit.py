@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.step_sums import with_step
 from planner.latency import DecodeFit, LinearLatency, PrefillFit
-from planner.observed import Row, link_latency_of, overhead_of
+from planner.observed import Row, link_latencies_of, overhead_of
 from planner.profile import Link, WorkerProfile
 from protocol.errors import ConfigError
 from protocol.messages import StepSums
@@ -56,8 +56,8 @@ def observed_profile(
     """What running workers tell of themselves: rows of ``GET /admin/workers``, taken as alike.
 
     ``rows`` of ``GET /admin/workload`` tell what a request takes beside queues and steps: its
-    overhead, and the link's latency. The link's bandwidth is not measured. Raises ConfigError while
-    too few steps have been timed.
+    overhead, and the link's latencies. The link's bandwidth is not measured. Raises ConfigError
+    while too few steps have been timed.
     """
     if not workers:
         raise ConfigError("there is no worker to learn the latency model from")
@@ -72,13 +72,13 @@ def observed_profile(
     block_size = workers[0]["block_size"]
     kv_bytes_per_token = max(1, workers[0]["block_bytes"] // block_size)
     chunk = workers[0]["load"]["max_num_batched_tokens"]
-    latency = link_latency_of(rows, chunk, kv_bytes_per_token / link.bytes_per_second)
+    latencies = link_latencies_of(rows, chunk, kv_bytes_per_token / link.bytes_per_second)
     return WorkerProfile(
         name="observed",
         latency=_model(prefill, decode),
         kv_tokens=min(worker["load"]["total_blocks"] for worker in workers) * block_size,
         kv_bytes_per_token=kv_bytes_per_token,
-        link=link if latency is None else link.model_copy(update={"latency": latency}),
+        link=link.model_copy(update={"latencies": latencies}),
         overhead=overhead_of(rows),
     )
 

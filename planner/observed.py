@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count, islice
-from statistics import mean, median
+from statistics import mean, median, quantiles
 from typing import Any, NamedTuple
 
 from planner.outcome import Outcome
@@ -17,6 +17,7 @@ from planner.workload import Request
 from protocol.errors import ConfigError
 
 FEWEST = 20  # sequences that say anything about a workload
+LATENCIES = 32  # shares of all transfers with one latency each
 MOST_BLOCKS = 64  # of a mean prompt: a simulation's time grows with them
 
 
@@ -58,24 +59,25 @@ def requests_of(rows: Sequence[Row]) -> list[Request]:
 
 def overhead_of(rows: Sequence[Row]) -> float:
     """The usual overhead of a request, in seconds; 0 where none was told."""
-    return _usual([row.overhead for row in rows if row.overhead is not None])
+    told = [row.overhead for row in rows if row.overhead is not None]
+    return max(0.0, median(told)) if told else 0.0
 
 
-def link_latency_of(rows: Sequence[Row], chunk: int, second_per_token: float) -> float | None:
-    """What a transfer usually takes beside the bytes of a prompt's last chunk, in seconds.
+def link_latencies_of(
+    rows: Sequence[Row], chunk: int, second_per_token: float
+) -> tuple[float, ...]:
+    """Quantiles of what transfers took beside the bytes of a prompt's last chunk, in seconds.
 
-    ``chunk`` is the longest in tokens. None where nothing was transferred.
+    ``chunk`` is the longest in tokens. Empty where hardly anything was transferred.
     """
     told = [
         row.transfer - min(chunk, row.prompt_tokens - row.cached_tokens) * second_per_token
         for row in rows
         if row.transfer is not None
     ]
-    return _usual(told) if told else None
-
-
-def _usual(seconds: Sequence[float]) -> float:
-    return max(0.0, median(seconds)) if seconds else 0.0
+    if len(told) < FEWEST:
+        return ()
+    return tuple(max(0.0, seconds) for seconds in quantiles(told, n=LATENCIES, method="inclusive"))
 
 
 def outcome_of(rows: Sequence[Row]) -> Outcome:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from planner.latency import DecodeFit, Latency, LinearLatency, PrefillFit
 from protocol.errors import ConfigError
 
+SHUFFLE = 7919  # a prime: no number of latencies below it divides it
+
 
 class Link(BaseModel):
     """The path of KV from a prefill to a decode worker."""
@@ -18,6 +20,13 @@ class Link(BaseModel):
 
     bytes_per_second: Annotated[float, Field(gt=0)]
     latency: Annotated[float, Field(ge=0)]  # seconds from the last byte sent to admission
+    latencies: tuple[Annotated[float, Field(ge=0)], ...] = ()  # measured ones, in its place
+
+    def delay(self, transfer: int) -> float:
+        """The latency of the transfer so numbered. Measured ones take turns, as if shuffled."""
+        if not self.latencies:
+            return self.latency
+        return self.latencies[transfer * SHUFFLE % len(self.latencies)]
 
 
 class WorkerProfile(BaseModel):

@@ -187,7 +187,7 @@ class _Simulation:
             began + moved * second_per_token, now + min(last_chunk, moved) * second_per_token
         )
         self._link_free[prefill] = sent
-        return sent + link.latency
+        return sent + link.delay(job.number)
 
     def _hand_over(self, job: Job) -> None:
         self._release(job)

@@ -40,8 +40,8 @@ def test_two_workers_together_give_the_model_that_made_their_steps() -> None:
     assert (found.kv_tokens, found.kv_bytes_per_token) == (1440, 2048)
 
 
-def test_requests_tell_their_overhead_and_the_links_latency() -> None:
-    """A last chunk of 300 tokens takes 6.144 ms of a transfer, one of 512 tokens 10.48576."""
+def test_requests_tell_their_overhead_and_the_links_latencies() -> None:
+    """A transfer's last chunk is of 300, 512 and 100 tokens; what it takes is no latency."""
     workers = [row(timed(role, LATENCY, 60)) for role in ("prefill", "decode")]
     for worker in workers:
         worker["load"]["max_num_batched_tokens"] = 512
@@ -50,13 +50,15 @@ def test_requests_tell_their_overhead_and_the_links_latency() -> None:
         Row(0.0, 300, 9, 0, 0.1, 0.01, overhead=0.004, transfer=0.003 + 300 * 2048 / 1e8),
         Row(1.0, 900, 9, 100, 0.1, 0.01, overhead=0.005, transfer=0.002 + 512 * 2048 / 1e8),
         Row(2.0, 900, 9, 800, 0.1, 0.01, overhead=0.009, transfer=0.500 + 100 * 2048 / 1e8),
-        Row(3.0, 100, 9, 0, 0.1, 0.01),  # decode computed it
-    ]
+    ] * 8 + [Row(3.0, 100, 9, 0, 0.1, 0.01)]  # decode computed the last one
     found = observed_profile(workers, rows, link)
     assert found.overhead == pytest.approx(0.005)
     assert found.link.bytes_per_second == 1e8
-    assert found.link.latency == pytest.approx(0.003)
-    unknown = observed_profile(workers, rows[3:], link)
+    delays = sorted(found.link.delay(transfer) for transfer in range(31))
+    assert delays[:8] == pytest.approx([0.002] * 8)
+    assert delays[15] == pytest.approx(0.003)
+    assert delays[-8:] == pytest.approx([0.5] * 8)
+    unknown = observed_profile(workers, rows[-1:], link)
     assert (unknown.overhead, unknown.link) == (0.0, link)
 
 
