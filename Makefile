@@ -4,14 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test check chaos soak install clean
+.PHONY: serve test test-slow check chaos soak install clean
 
 serve: $(STAMP)
 	@exec $(BIN)/kvferry serve $(ARGS)
 
 # Two processes fill two cores: threads of their own would only fight.
-test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+test: MARK = not slow
+test-slow: MARK = slow
+test test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "$(MARK)" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

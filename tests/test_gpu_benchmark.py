@@ -17,6 +17,8 @@ from bench.gpu.report import Report
 from bench.gpu.run import run_cases, run_checks
 from bench.gpu.timing import Timer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 RUN_CHECKS = """

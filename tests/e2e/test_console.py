@@ -15,7 +15,7 @@ from tests.browser import chromium, expect, needs_chromium, page_of
 from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from tests.stack import Stack
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 PATIENCE = 60.0  # seconds
 NUM_REQUESTS = 40  # to predict from
 

@@ -20,6 +20,8 @@ import pytest
 from tests.checkpoints import reference_greedy
 from tests.stack import Stack
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(__file__).parents[2] / "cli" / "demo_model"
 EOS = 1
 MAX_LEN = 96  # tokens of prompt and output

@@ -21,10 +21,13 @@ from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from tests.e2e.prometheus import CONFIG, Prometheus, faster
 from tests.stack import Stack, eventually
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None or shutil.which("promtool") is None,
-    reason="no prometheus is on the PATH",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        shutil.which("prometheus") is None or shutil.which("promtool") is None,
+        reason="no prometheus is on the PATH",
+    ),
+    pytest.mark.slow,
+]
 PATIENCE = 120.0  # seconds
 # A healthy system has none of these: a worker was lost, or KV did not verify.
 NEVER_HAPPENED = re.compile(

@@ -20,6 +20,8 @@ from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from tests.e2e.streams import SOON, Streams
 from tests.stack import Stack, eventually, scrape
 
+pytestmark = pytest.mark.slow
+
 NUM_FLIPS = int(os.environ.get("KVFERRY_FLIPS", "4"))
 NUM_STREAMS = int(os.environ.get("KVFERRY_STREAMS", "8"))
 FLIPPED = 2.0  # seconds from the end of a drain until the new role serves

@@ -18,7 +18,7 @@ from tests.chaos.scene import CannotPlayError
 from tests.checkpoints import CHECKPOINTS, write_checkpoint
 from tests.stack import Stack
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 PATIENCE = 60.0  # seconds
 FAR = Condition(delay=0.25)  # from prefill to decode: several round trips are a second
 HOSTS = ["router", "prefill-0", "decode-0"]

@@ -15,6 +15,8 @@ import pytest
 from tests.checkpoints import CHECKPOINTS, reference_greedy, write_checkpoint
 from tests.stack import Stack, eventually
 
+pytestmark = pytest.mark.slow
+
 B = 16  # tokens in a block
 NEW = 8  # tokens generated
 LENGTH = 20 * B + 3

@@ -14,6 +14,8 @@ from tests.e2e.test_prefix_routing import TOLD
 from tests.replicas import Replicas
 from tests.stack import scrape
 
+pytestmark = pytest.mark.slow
+
 USERS, TURNS, BLOCK = 4, 4, 16
 # To what the demo model was trained on it gives an answer and ends it.
 KNOWN = ("os.path.join", "json.loads", "heapq.heappush", "random.randint")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pydoc_data import topics
 
+import pytest
 import torch
 
 from tests.stack import Stack
+
+pytestmark = pytest.mark.slow
 
 B = 16  # tokens in a block
 NEW = 9  # tokens generated

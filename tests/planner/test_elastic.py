@@ -16,6 +16,8 @@ from planner.simulator import simulate
 from planner.workload import Lengths, Request, generate
 from tests.planner.profiles import profile
 
+pytestmark = pytest.mark.slow
+
 WORKER = profile(fixed=2e-3, per_token=1e-4, decode=(10e-3, 0.0, 1e-3))
 SLO = Slo(ttft=0.5, tpot=0.03)
 SLOW = profile(fixed=2e-3, per_token=1e-3, decode=(10e-3, 0.0, 1e-3))  # few requests are a load
