@@ -21,6 +21,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(ChatBody.model_fields, ()),
     **UNSUPPORTED,
     "access_programs": (),
+    "background_options": (),
     "context_management": ([],),
     "conversation": (),
     "image": (),

@@ -221,10 +221,16 @@ def four_workers(router: Router, monkeypatch: pytest.MonkeyPatch) -> list[dict[s
     return rows
 
 
-def ask_what_if(page: Any, router: Router) -> Any:
-    """Open the section by keyboard; the slider of the pools."""
+def open_what_if(page: Any, router: Router) -> None:
+    """By keyboard, once the page has come to rest."""
     page.goto(router.url + "/console")
+    expect(page.locator("#status")).to_have_text("Serving")
     page.locator("#what-if summary").press("Enter")
+
+
+def ask_what_if(page: Any, router: Router) -> Any:
+    """The slider of the pools, beside a first answer."""
+    open_what_if(page, router)
     expect(page.locator("#what-if-answer")).to_be_visible()
     return page.get_by_role("slider", name="Pools")
 
@@ -258,8 +264,7 @@ def test_what_other_pools_would_give_is_predicted(page: Any, router: Router) -> 
 @pytest.mark.usefixtures("four_workers")
 def test_why_nothing_is_predicted_is_shown(page: Any, router: Router) -> None:
     router.generator.prediction = InvalidRequestError("only 3 requests were served")
-    page.goto(router.url + "/console")
-    page.locator("#what-if summary").press("Enter")
+    open_what_if(page, router)
     expect(page.locator("#what-if-problem")).to_have_text("only 3 requests were served")
     expect(page.locator("#what-if-answer")).to_be_hidden()
 
