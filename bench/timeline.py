@@ -62,7 +62,9 @@ class Wait(NamedTuple):
 def main(
     model: Annotated[str, typer.Option(help="What to serve.")] = "demo",
     requests: Annotated[int, typer.Option(help="At each number of clients.", min=100)] = 400,
-    clients: Annotated[list[int], typer.Option(help="Numbers of clients.", min=1)] = [1, 8],  # noqa: B006
+    clients: Annotated[
+        list[int] | None, typer.Option(help="At once; may be repeated. Default: 1 and 8.", min=1)
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 256,
 ) -> None:
     """Print the figures and write them to bench/results/timeline.json."""
@@ -75,7 +77,7 @@ def main(
         wait_until_ready(url)
         with suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, CLIENT_NICENESS)
-        rows = [measure(url, requests, number, prompt_tokens) for number in clients]
+        rows = [measure(url, requests, number, prompt_tokens) for number in clients or (1, 8)]
     finally:
         serve.terminate()
         serve.wait()

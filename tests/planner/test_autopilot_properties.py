@@ -54,7 +54,7 @@ def under_way(late: Sequence[bool]) -> Callable[[float], Observation]:
     return lambda now: Observation(Pools(1, 1), rows(late[int(now / LOOK) % len(late)]), num_open=1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     present=st.builds(Pools, st.integers(1, 3), st.integers(1, 2)),
     table=st.lists(shares, min_size=4, max_size=4),
@@ -69,7 +69,7 @@ def test_constant_load_is_no_reason_for_two_changes(
     assert len(decisions) <= 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     present=pools,
     bounds=st.none() | st.tuples(st.integers(2, 5), st.integers(5, 14)),
@@ -114,7 +114,7 @@ def _step(one: Decision) -> int:
     return one.wanted.prefill - one.present.prefill
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(present=pools, fewest=st.integers(2, 6), quiet=st.floats(0, 500))
 def test_no_traffic_leaves_the_fewest_within_a_cool_down(
     present: Pools, fewest: int, quiet: float

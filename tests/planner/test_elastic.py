@@ -63,7 +63,7 @@ def test_a_wrong_ratio_is_corrected_and_every_request_served() -> None:
     assert all(share is not None and 0 <= share <= 1 for share in outcomes)
 
 
-@pytest.mark.parametrize("rate", [5, 12])
+@pytest.mark.parametrize("rate", [5, 12, 22])
 def test_constant_load_is_no_reason_for_two_changes(rate: float) -> None:
     workload = requests(LONG_PROMPTS, rate, 600)
     _, route = piloted(workload, Pools(3, 1))
