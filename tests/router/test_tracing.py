@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -139,7 +140,9 @@ def test_spans_reach_a_collector(collector: Collector) -> None:
     )
 
 
-def test_a_collector_that_does_not_answer_delays_nothing() -> None:
+def test_a_collector_that_does_not_answer_delays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # seconds a batch
+    others = set(threading.enumerate())
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         tracing = Tracing.to(f"http://127.0.0.1:{deaf.getsockname()[1]}", "m")
         started = time.monotonic()
@@ -147,6 +150,10 @@ def test_a_collector_that_does_not_answer_delays_nothing() -> None:
             tracing.ended(ended())
         tracing.close()
         assert time.monotonic() - started < CLOSE + PATIENCE
+    # What still exports ends here: its retries draw random numbers, beside any later test's.
+    for thread in set(threading.enumerate()) - others:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 async def test_an_endpoint_that_is_none_is_refused() -> None:
