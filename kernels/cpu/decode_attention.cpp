@@ -1,20 +1,19 @@
 // Attention of one query per row over the row's blocks of the paged cache, read where they lie.
 //
-// A row's keys are cut into splits at fixed positions, which threads take one by one: a single long
-// row keeps all of them busy. Splits are combined in order, so a row's result depends neither on
-// the other rows nor on the number of threads.
+// Splits of a row are combined in order, so its result depends neither on the other rows nor on the
+// number of threads.
 
 #include <algorithm>
 #include <memory>
 #include <vector>
 
 #include "attention.h"
+#include "decode_items.h"
 
 namespace {
 
 using namespace kvferry;
 
-constexpr int64_t kSplit = 512;       // tokens
 constexpr size_t kRuns = 4;           // of up to 16 tokens, weighed together
 constexpr int64_t kSerial = 1 << 16;  // elements of keys that one thread attends to soonest
 
@@ -151,42 +150,55 @@ void add_values(State* states, const Weights* weights, size_t run_index, const R
         add_slice<kHeads, 1>(states, weights, run_index, run, later, head_dim, start);
 }
 
-// Up to kRuns runs from `token` on, which is moved past them.
+// Where an item's thread is. A block's heads lie side by side in memory, so they are taken in turn
+// before the tokens that follow.
+struct Place {
+    int64_t token, kv_head;
+};
+
+// Up to kRuns runs at the item's place, which is moved to the next.
 template <class T>
-size_t next_runs(const Cache<T>& cache, const int32_t* table, int64_t kv_head, int64_t& token,
-                 int64_t end, Run<T>* runs) {
+size_t next_runs(const Cache<T>& cache, const int32_t* table, const Item& item, Place& place,
+                 Run<T>* runs) {
     size_t count = 0;
-    for (; count < kRuns && token < end; ++count) {
+    int64_t token = place.token;
+    for (; count < kRuns && token < item.end; ++count) {
         const int64_t offset = token % cache.block_size;
-        const int64_t tokens = std::min({int64_t(kLanes), cache.block_size - offset, end - token});
+        const int64_t tokens =
+            std::min({int64_t(kLanes), cache.block_size - offset, item.end - token});
         const T* keys = cache.data + table[token / cache.block_size] * cache.block_stride +
-                        kv_head * cache.head_stride + offset * cache.head_dim;
+                        place.kv_head * cache.head_stride + offset * cache.head_dim;
         runs[count] = {keys, keys + cache.value_offset, tokens};
         token += tokens;
     }
+    if (++place.kv_head == item.end_head) place = {token, item.first_head};
     return count;
 }
 
-// Attends from the query heads of one KV head to the row's tokens [begin, end).
+// Attends from the item's query heads; queries and states are those from its first head on.
 template <class T>
-void attend(const Cache<T>& cache, const int32_t* table, int64_t kv_head, int64_t begin, int64_t end,
+void attend(const Cache<T>& cache, const int32_t* table, const Item& item,
             const Query<T>* queries, State* states, Weights* weights, size_t group, float scale) {
     const int64_t head_dim = cache.head_dim;
     Run<T> runs[kRuns], following[kRuns];
-    int64_t token = begin;
-    size_t count = next_runs(cache, table, kv_head, token, end, runs);
+    Place place{item.begin, item.first_head};
+    int64_t kv_head = place.kv_head;
+    size_t count = next_runs(cache, table, item, place, runs);
     while (count > 0) {
-        const size_t then = next_runs(cache, table, kv_head, token, end, following);
+        const int64_t following_head = place.kv_head;
+        const size_t then = next_runs(cache, table, item, place, following);
         const auto later = [&](size_t run) { return run < then ? following[run] : runs[run]; };
+        const size_t first = (kv_head - item.first_head) * group;
         for (size_t run = 0; run < count; ++run)
             for (size_t head = 0; head < group; ++head)
                 store(weights[head][run],
-                      scores_of(queries[head], runs[run], later(run), head_dim, scale));
+                      scores_of(queries[first + head], runs[run], later(run), head_dim, scale));
         for (size_t head = 0; head < group; ++head)
-            states[head].take(weights[head][0], count, head_dim);
+            states[first + head].take(weights[head][0], count, head_dim);
         for (size_t run = 0; run < count; ++run) {
             const auto add = [&](auto add_values, size_t head) {
-                add_values(states + head, weights + head, run, runs[run], later(run), head_dim);
+                add_values(states + first + head, weights + head, run, runs[run], later(run),
+                           head_dim);
             };
             size_t head = 0;
             for (; head + 4 <= group; head += 4) add(add_values<4, T>, head);
@@ -195,34 +207,9 @@ void attend(const Cache<T>& cache, const int32_t* table, int64_t kv_head, int64_
         }
         std::copy(following, following + then, runs);
         count = then;
+        kv_head = following_head;
     }
 }
-
-// Keys of one KV head of one row: the unit of work.
-struct Split {
-    int64_t row, kv_head, begin, end;
-};
-
-// The splits of all rows, and where those of each (row, kv head) start; one more at the end.
-struct Work {
-    std::vector<Split> splits;
-    std::vector<size_t> starts;
-    int64_t keys = 0;
-
-    Work(const int32_t* contexts, int64_t rows, int64_t kv_heads, int64_t window) {
-        for (int64_t row = 0; row < rows; ++row)
-            for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
-                const int64_t end = contexts[row];
-                const int64_t first = window > 0 ? std::max<int64_t>(end - window, 0) : 0;
-                starts.push_back(splits.size());
-                keys += end - first;
-                for (int64_t start = first / kSplit * kSplit; start < end; start += kSplit)
-                    splits.push_back({row, kv_head, std::max(start, first),
-                                      std::min(start + kSplit, end)});
-            }
-        starts.push_back(splits.size());
-    }
-};
 
 // Writes the head's result, from the states of all its splits: `count` of them, `stride` apart.
 template <class T>
@@ -249,26 +236,27 @@ void decode_attention(const T* q, int64_t q_row_stride, int64_t q_head_stride, C
                       T* out) {
     const size_t group = heads / kv_heads;
     const Work work(contexts, rows, kv_heads, window);
-    std::vector<State> states(work.splits.size() * group);
+    std::vector<State> states(work.starts[rows] * heads);  // [splits, heads]
 #pragma omp parallel if (work.keys * cache.head_dim > kSerial)
     {
-        std::vector<Query<T>> queries(group);
+        std::vector<Query<T>> queries(heads);
         const std::unique_ptr<Weights[]> weights(new Weights[group]);
 #pragma omp for schedule(dynamic)
-        for (size_t index = 0; index < work.splits.size(); ++index) {
-            const Split& split = work.splits[index];
-            const T* first = q + split.row * q_row_stride + split.kv_head * group * q_head_stride;
-            for (size_t head = 0; head < group; ++head)
-                queries[head].set(first + head * q_head_stride, cache.head_dim);
-            attend(cache, tables + split.row * table_width, split.kv_head, split.begin, split.end,
-                   queries.data(), &states[index * group], weights.get(), group, scale);
+        for (size_t index = 0; index < work.items.size(); ++index) {
+            const Item& item = work.items[index];
+            const int64_t first = item.first_head * group, end = item.end_head * group;
+            for (int64_t head = first; head < end; ++head)
+                queries[head - first].set(q + item.row * q_row_stride + head * q_head_stride,
+                                          cache.head_dim);
+            attend(cache, tables + item.row * table_width, item, queries.data(),
+                   &states[item.split * heads + first], weights.get(), group, scale);
         }
 #pragma omp for schedule(static)
-        for (int64_t index = 0; index < rows * kv_heads; ++index) {
-            const size_t start = work.starts[index], count = work.starts[index + 1] - start;
-            for (size_t head = 0; head < group; ++head)
-                combine(states.data() + start * group + head, count, group, cache.head_dim,
-                        out + (index * group + head) * cache.head_dim);
+        for (int64_t index = 0; index < rows * heads; ++index) {
+            const size_t start = work.starts[index / heads];
+            combine(states.data() + start * heads + index % heads,
+                    work.starts[index / heads + 1] - start, heads, cache.head_dim,
+                    out + index * cache.head_dim);
         }
     }
 }

@@ -127,6 +127,9 @@ public:
         space.states.assign(tiling_.rows, State{});
     }
 
+    // The tile's queries see no keys from here on.
+    int64_t end() const { return row_.position(first_ + tiling_.rows / shape_.group()); }
+
     // Where vector v of the tile's queries begins is from(v).
     template <class From>
     void take_queries(From from) {
@@ -139,8 +142,7 @@ public:
 
     void attend(int64_t block, const uint32_t* packed, float scale) {
         const int64_t first_key = row_.first_key + block * kBlockKeys;
-        const int64_t keys =
-            divide_up(std::min(kBlockKeys, row_.context - first_key), kPanel) * kPanel;
+        const int64_t keys = divide_up(std::min(kBlockKeys, end() - first_key), kPanel) * kPanel;
         for (int64_t part = 0; part < tiling_.count; ++part) {
             score(part, packed, keys, scale);
             weigh(part, first_key, keys);
@@ -288,12 +290,11 @@ extern "C" void prefill_attention(const BFloat16* q, int64_t q_row_stride, int64
             tile.take_queries([&](int64_t vector) {
                 return q + token(vector) * q_row_stride + head(vector) * q_head_stride;
             });
-            const int64_t end = row.position(part.first + part.queries);
             const int64_t begin =
                 window > 0 ? std::max(row.position(part.first) + 1 - window, row.first_key)
                            : row.first_key;
             for (int64_t block = (begin - row.first_key) / kBlockKeys;
-                 row.first_key + block * kBlockKeys < end; ++block)
+                 row.first_key + block * kBlockKeys < tile.end(); ++block)
                 tile.attend(block, place(row, part.kv_head, block), scale);
             tile.finish([&](int64_t vector) {
                 return out + (token(vector) * heads + head(vector)) * head_dim;

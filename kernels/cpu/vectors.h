@@ -66,13 +66,17 @@ inline Floats load(const Half* from) {
 
 inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 
-// To nearest, ties to even; NaN stays NaN.
+// To nearest, ties to even; NaN stays NaN. Subnormal numbers may become 0.
 inline void store(BFloat16* to, Floats values) {
+#if defined(__AVX512BF16__)
+    const auto narrow = _mm512_cvtneps_pbh((__m512)values);
+#else
     using Bits = uint16_t __attribute__((vector_size(32)));
     const Words bits = (Words)values;
     const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     const Words quiet = (bits >> 16) | 0x40;
     const Bits narrow = __builtin_convertvector(values == values ? rounded : quiet, Bits);
+#endif
     std::memcpy(to, &narrow, sizeof(narrow));
 }
 
