@@ -28,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from engine.batch import Batch, BatchRow
+from engine.config import ModelConfig
 from engine.engine import Engine, EngineConfig
 from engine.sequence import Sequence
 from protocol.sampling import SamplingParams
@@ -65,8 +66,8 @@ def main(
     """Measure every case and print it beside its floor."""
     longest = max(max(contexts) + 4 * steps, max(prompts))
     engine = load(model, threads, max(sequences) * longest, longest)
-    weights = num_weights(engine)
-    floors = measure_floors(engine)
+    weights = num_weights(engine.model_config)
+    floors = measure_floors(engine.rows.dtype)
     cases = [("decode", count, context) for context in contexts for count in sequences]
     cases += [("prefill", 1, prompt) for prompt in prompts]
     rows = []
@@ -75,7 +76,7 @@ def main(
             rows.append(decode(engine, weights, count, context, steps))
         else:
             rows.append(prefill(engine, weights, context, chunk))
-    floors = floors.best_of(measure_floors(engine))
+    floors = floors.best_of(measure_floors(engine.rows.dtype))
     for row in rows:
         floor = max(row["bytes"] / floors.read_bytes, row["operations"] / floors.flops)
         row["floor_ms"] = floor * 1e3
@@ -102,22 +103,28 @@ def load(model: str, threads: int, tokens: int, longest: int) -> Engine:
     )
 
 
-def measure_floors(engine: Engine) -> Floors:
-    """Read bandwidth and matrix product rate, the best of several."""
+def measure_floors(dtype: torch.dtype) -> Floors:
+    """Read bandwidth and matrix product rate of the processor, the best of several."""
     lanes = torch.ones(COPY_BYTES // 8, dtype=torch.int64)
-    left = torch.ones(MATRIX, MATRIX, dtype=engine.rows.dtype)
+    left = torch.ones(MATRIX, MATRIX, dtype=dtype)
     read = min(seconds_of(lanes.sum) for _ in range(5))
     product = min(seconds_of(lambda: left @ left) for _ in range(3))
     return Floors(COPY_BYTES / read, 2 * MATRIX**3 / product)
 
 
-def num_weights(engine: Engine) -> int:
+def num_weights(model: ModelConfig) -> int:
     """Numbers in the matrices that every decode step reads: the layers and the head."""
-    model = engine.model_config
     queries, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer = (queries + 2 * kv) * model.hidden_size + queries * model.hidden_size
     layer += 3 * model.hidden_size * model.intermediate_size
     return model.num_layers * layer + model.vocab_size * model.hidden_size
+
+
+def prefill_operations(model: ModelConfig, tokens: int) -> int:
+    """Of one prompt: two for each weight and token, four for each score; the head once."""
+    head = model.vocab_size * model.hidden_size
+    scores = model.num_layers * model.num_heads * model.head_dim * tokens * tokens // 2
+    return 2 * tokens * (num_weights(model) - head) + 2 * head + 4 * scores
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -179,15 +186,12 @@ def prefill(engine: Engine, weights: int, tokens: int, chunk: int) -> dict[str, 
 
     run()
     seconds = statistics.median(seconds_of(run) for _ in range(3))
-    model = engine.model_config
-    scores = model.num_layers * model.num_heads * model.head_dim * tokens * tokens / 2
-    head = model.vocab_size * model.hidden_size  # for the last token only
     return {
         "case": f"prefill {tokens}",
         "tokens_per_s": tokens / seconds,
         "step_ms": seconds * 1e3,
         "bytes": weights * engine.rows.element_size() * -(-tokens // chunk),
-        "operations": 2 * tokens * (weights - head) + 4 * scores,
+        "operations": prefill_operations(engine.model_config, tokens),
         "budget_ms": budget(run, 1),
     }
 

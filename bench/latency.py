@@ -17,8 +17,6 @@ import json
 import platform
 import random
 import statistics
-import subprocess
-import sys
 import time
 from contextlib import closing
 from http.client import HTTPConnection
@@ -34,8 +32,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench.deployment import serving
 from bench.streams import stream_all
-from tests.stack import free_port, scrape
+from tests.stack import scrape
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5  # of many streams
@@ -51,21 +50,14 @@ def main(
     streams: Annotated[int, typer.Option(help="Of the measurement with many.", min=2)] = 16,
 ) -> None:
     """Print the figures and write them to bench/results/latency.json."""
-    port = free_port()
     started = time.perf_counter()
-    command = [sys.executable, "-m", "cli.main", "serve", "--port", str(port), "--model", model]
-    command += ["--disaggregation", "always"]  # what is measured is the hand-off
-    serve = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url)
+    # What is measured is the hand-off.
+    with serving(model, "--disaggregation", "always") as deployment:
         start_up = time.perf_counter() - started
+        url = deployment.url
         figures = {"start_up_s": start_up, **measure(url, requests, prompt_tokens, output_tokens)}
         figures |= measure_many(url, streams, prompt_tokens)
-        figures["resident_mib"] = resident(serve.pid)
-    finally:
-        serve.terminate()
-        serve.wait()
+        figures["resident_mib"] = resident(deployment.pid)
     show(figures)
     RESULTS.mkdir(exist_ok=True)
     machine = {"python": platform.python_version(), "torch": torch.__version__}
@@ -73,19 +65,6 @@ def main(
     machine |= {"cores": str(psutil.cpu_count()), "kernel": platform.release()}
     record = {"machine": machine, "settings": settings, "figures": figures}
     (RESULTS / "latency.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def wait_until_ready(url: str) -> None:
-    """Poll until both pools serve."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.02)
-    raise SystemExit("the deployment did not get ready in two minutes")
 
 
 def measure(url: str, requests: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "vocab_size": 32_000,
@@ -48,12 +48,16 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
 ) -> None:
     """Write config.json, model.safetensors and a tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {**CONFIG, "num_hidden_layers": layers}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_shape(folder, {**CONFIG, "num_hidden_layers": layers})
     save_file(random_weights(layers, seed), folder / "model.safetensors", {"format": "pt"})
-    words = {str(index): index for index in range(2, CONFIG["vocab_size"])}
-    words |= {BEGIN: CONFIG["bos_token_id"], END: CONFIG["eos_token_id"]}
+
+
+def write_shape(folder: Path, config: dict[str, Any]) -> None:
+    """A checkpoint without its weights: config.json and a tokenizer of ``vocab_size`` words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    words = {str(index): index for index in range(2, config["vocab_size"])}
+    words |= {BEGIN: config["bos_token_id"], END: config["eos_token_id"]}
     tokenizer = Tokenizer(WordLevel(words, unk_token=BEGIN))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))

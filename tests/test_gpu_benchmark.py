@@ -91,6 +91,21 @@ def test_without_a_gpu() -> None:
     assert result.stderr == "bench.gpu needs a CUDA GPU, and torch sees none\n"
 
 
+def test_the_end_to_end_part_runs() -> None:
+    """With a tiny model on the CPU: engines, transformers beside them, and the hand-off."""
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for row in ("kvferry", "transformers", "Hand-off: handoff_overhead"):
+        assert row in result.stdout
+
+
 def test_a_wrong_kernel_and_a_failing_one_are_reported() -> None:
     report = Report("device", {})
     exact = torch.ones(4)

@@ -56,11 +56,20 @@ class Record:
         return found
 
     def table(self, metric: str, title: str, baseline: str) -> Table:
-        """Peers by cases; behind each figure its ratio to the baseline peer's."""
+        """Peers by cases that have the metric; behind each figure its ratio to the baseline's."""
         cells: dict[str, dict[str, Any]] = self._data["cells"]
-        cases = list(dict.fromkeys(case for row in cells.values() for case in row))
+        cases = list(
+            dict.fromkeys(
+                case
+                for row in cells.values()
+                for case, cell in row.items()
+                if metric in cell.get("figures", {})
+            )
+        )
         table = Table("", *cases, title=title)
-        for peer in cells:
+        for peer, row in cells.items():
+            if row.keys().isdisjoint(cases):
+                continue
             table.add_row(peer, *(self._text(metric, peer, case, baseline) for case in cases))
         return table
 

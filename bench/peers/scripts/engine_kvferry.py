@@ -1,7 +1,7 @@
 """kvferry's engine behind the same interface as its peers': prompts in chunks, then decode steps.
 
-Rows and blocks are laid out as its schedulers do: prefill alone, 512 tokens a step (the default of
-``--max-num-batched-tokens``), then every sequence one token a step.
+Rows and blocks are laid out as its schedulers do: prefill alone, so many tokens a step (by default
+as by ``--max-num-batched-tokens``), then every sequence one token a step.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from engine.engine import Engine, EngineConfig
 from engine.sequence import Sequence
 from protocol.sampling import SamplingParams
 
-CHUNK = 512  # prompt tokens of a step
-
 
 class Kvferry:
     """kvferry's engine behind ``engine_loop.Engine``."""
@@ -28,10 +26,16 @@ class Kvferry:
             model=setup.model,
             num_threads=setup.threads,
             kv_cache_memory=setup.kv_bytes / 2**30,
-            max_model_len=4608,
+            max_model_len=setup.max_model_len,
+            max_num_batched_tokens=setup.chunk,
+            max_num_seqs=setup.max_num_seqs,
+            device=setup.device,
+            load_format=setup.load_format,
+            decode_graphs=True,
             quantization="int8" if setup.weights == "8-bit" else None,
         )
         self._engine = Engine.load(config)
+        self._chunk = setup.chunk
         self._sequences: list[Sequence] = []
         self._used_blocks = 0
 
@@ -44,7 +48,7 @@ class Kvferry:
 
     def advance(self) -> Iterator[int]:
         rows: list[BatchRow] = []
-        room = CHUNK
+        room = self._chunk
         for sequence in self._sequences:
             left = sequence.num_prompt_tokens - sequence.num_computed
             if left > 0 and room > 0:
@@ -66,7 +70,7 @@ class Kvferry:
 
 
 def load(setup: Setup) -> tuple[Kvferry, dict[str, Any]]:
-    return Kvferry(setup), {"torch": torch.__version__, "chunk": CHUNK}
+    return Kvferry(setup), {"torch": torch.__version__, "chunk": setup.chunk}
 
 
 if __name__ == "__main__":

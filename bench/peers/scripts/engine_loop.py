@@ -99,6 +99,11 @@ class Setup:
     vocab_size: int
     kv_tokens: int  # room for KV, over all sequences
     kv_token_bytes: int  # KV of one token at 16 bits a number
+    max_model_len: int = 4608  # tokens of the longest sequence
+    chunk: int = 512  # prompt tokens of a step
+    max_num_seqs: int = 32
+    device: str = "cpu"
+    load_format: str = "auto"  # dummy: random weights, from the configuration alone
 
     @property
     def kv_bytes(self) -> int:
