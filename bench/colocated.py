@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.deployment import serving
 from bench.serving.client import Client, served_model
 from bench.serving.connection import Endpoint
 from bench.serving.load import closed_loop, open_loop
@@ -32,12 +31,10 @@ from bench.serving.prompts import TokenIds
 from bench.serving.record import Result, Run
 from bench.serving.workload import Item, Uniform, Workload
 from planner.outcome import Slo
-from tests.stack import eventually, free_port, scrape
+from tests.stack import scrape
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = TokenIds(300, 3000)
-WORKERS = 2
-START = 120.0  # seconds
 DEPLOYMENTS = {
     "1 prefill + 1 decode, always": ["--disaggregation", "always"],
     "1 prefill + 1 decode, auto": ["--disaggregation", "auto"],
@@ -102,34 +99,14 @@ def main(
 
 def offer(model: str, options: list[str], load: Load, seed: int) -> tuple[Run, float]:
     """One round on a fresh deployment, and the share of the prompts that decode computed."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "cli.main", "serve", "--model", model, "--port", str(port)]
-    serve = subprocess.Popen(
-        [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        with httpx.Client(base_url=url, timeout=5) as http:
-            if not eventually(lambda: num_workers(http) == WORKERS, START):
-                raise SystemExit(f"no {WORKERS} workers after {START:.0f} s")
-            run = asyncio.run(ask(url, load, seed))
-            samples = scrape(f"{url}/metrics", http)
-    finally:
-        serve.terminate()
-        serve.wait()
+    with serving(model, *options) as deployment, httpx.Client(timeout=5) as http:
+        run = asyncio.run(ask(deployment.url, load, seed))
+        samples = scrape(f"{deployment.url}/metrics", http)
     local, remote = (
         samples.get(f"kvferry_requests_path_total{{path={path}}}", 0.0)
         for path in ("local", "remote")
     )
     return run, local / (local + remote)
-
-
-def num_workers(http: httpx.Client) -> int:
-    """Workers that are registered."""
-    try:
-        return len(http.get("/admin/workers").json()["workers"])
-    except httpx.TransportError:
-        return 0
 
 
 async def ask(url: str, load: Load, seed: int) -> Run:

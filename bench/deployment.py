@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import time
@@ -26,31 +27,38 @@ class Deployment:
 
 @contextlib.contextmanager
 def serving(model: str, *options: str) -> Iterator[Deployment]:
-    """Both pools, ready; they end with the block. Raises RuntimeError when they do not get ready.
+    """A router and workers, all of them ready; they end with the block.
 
-    ``options`` are further ones of ``kvferry serve``.
+    ``options`` are further ones of ``kvferry serve``. Raises RuntimeError when they do not get
+    ready.
     """
     port = free_port()
     command = [sys.executable, "-m", "cli.main", "serve", "--port", str(port), "--model", model]
     serve = subprocess.Popen(
         [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+    asked = dict(itertools.pairwise(options))
+    num_workers = sum(int(asked.get(pool, 1)) for pool in ("--prefill", "--decode"))
     deployment = Deployment(f"http://127.0.0.1:{port}", serve.pid)
     try:
-        _wait_until_ready(deployment.url, serve)
+        wait_for_workers(deployment.url, num_workers, serve)
         yield deployment
     finally:
         serve.terminate()
         serve.wait()
 
 
-def _wait_until_ready(url: str, serve: subprocess.Popen[bytes]) -> None:
+def wait_for_workers(
+    url: str, num_workers: int, serve: subprocess.Popen[bytes] | None = None
+) -> None:
+    """Until so many are registered. Raises RuntimeError when ``serve`` ends or it takes long."""
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
-        if serve.poll() is not None:
+        if serve is not None and serve.poll() is not None:
             raise RuntimeError(f"kvferry serve ended with {serve.returncode}")
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+            told = httpx.get(f"{url}/admin/workers", timeout=5).json()
+            if len(told["workers"]) == num_workers:
                 return
         time.sleep(0.02)
-    raise RuntimeError("the deployment did not get ready")
+    raise RuntimeError(f"not all {num_workers} workers registered")

@@ -15,8 +15,6 @@ import asyncio
 import json
 import random
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +25,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency import wait_until_ready
+from bench.deployment import serving
 from bench.streams import stream
-from tests.stack import free_port
 
 RESULTS = Path(__file__).parent / "results"
 LOADS = (0.5, 1.0, 2.0, 3.0, 0.5)  # times the capacity
@@ -55,19 +52,11 @@ def main(
     queue_time: Annotated[float, typer.Option(help="The router's --max-queue-time.")] = 2.0,
 ) -> None:
     """Print the table and write it to bench/results/overload.json."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "cli.main", "serve", "--model", model, "--port", str(port)]
-    command += ["--max-num-seqs", str(slots), "--max-queue-time", str(queue_time)]
-    serve = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_until_ready(url)
+    options = ["--max-num-seqs", str(slots), "--max-queue-time", str(queue_time)]
+    with serving(model, *options) as deployment:
+        url = deployment.url
         name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
-        asker = Asker(url, name, output_tokens)
-        rows = asyncio.run(measure(asker, seconds, slots, bound))
-    finally:
-        serve.terminate()
-        serve.wait()
+        rows = asyncio.run(measure(Asker(url, name, output_tokens), seconds, slots, bound))
     show(rows)
     RESULTS.mkdir(exist_ok=True)
     settings = {"model": model, "slots": slots, "output_tokens": output_tokens}

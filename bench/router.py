@@ -38,8 +38,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.deployment import wait_for_workers
 from bench.dummy_workers import DummyPools
-from bench.latency import wait_until_ready
 from bench.streams import stream, stream_all
 from protocol.hashing import KEY_BYTES
 from protocol.messages import CacheChanges
@@ -205,7 +205,7 @@ async def _measure(load: Load, url: str, endpoint: str, pid: int) -> Figures:
 
     router, route = psutil.Process(pid), f"{url}/v1/completions"
     async with DummyPools(endpoint, load.streams, BATCH, load.interval, stamp):
-        await asyncio.to_thread(wait_until_ready, url)
+        await asyncio.to_thread(wait_for_workers, url, 1 + -(-load.streams // BATCH))
         async with httpx.AsyncClient(base_url=url) as client:
             model = (await client.get("/v1/models")).json()["data"][0]["id"]
             asked = await client.post("/tokenize", json={"model": model, "prompt": TEXT})

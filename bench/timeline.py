@@ -16,8 +16,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -30,8 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency import wait_until_ready
-from tests.stack import free_port
+from bench.deployment import serving
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE, SHARE = 2e-3, 0.05  # seconds and share of the time to first token: the larger counts
@@ -68,19 +65,12 @@ def main(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 256,
 ) -> None:
     """Print the figures and write them to bench/results/timeline.json."""
-    port = free_port()
-    command = [sys.executable, "-m", "cli.main", "serve", "--port", str(port), "--model", model]
-    command += ["--disaggregation", "always"]
-    serve = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url)
+    with serving(model, "--disaggregation", "always") as deployment:
         with suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, CLIENT_NICENESS)
-        rows = [measure(url, requests, number, prompt_tokens) for number in clients or (1, 8)]
-    finally:
-        serve.terminate()
-        serve.wait()
+        rows = [
+            measure(deployment.url, requests, number, prompt_tokens) for number in clients or (1, 8)
+        ]
     show(rows)
     RESULTS.mkdir(exist_ok=True)
     settings = {"model": model, "requests": requests, "prompt_tokens": prompt_tokens}

@@ -16,8 +16,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +26,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency import wait_until_ready
+from bench.deployment import serving
 from bench.serving.connection import Endpoint
 from bench.serving.prompts import WORDS
 from bench.serving.sse import SSEParser
-from tests.stack import START, eventually, free_port, scrape
+from tests.stack import scrape
 
 RESULTS = Path(__file__).parent / "results"
 DEPLOYMENTS = {"1P1D": 1, "2P2D": 2}  # workers of each pool
@@ -70,22 +68,16 @@ class Chat:
         self.said, self.answered = answer.prompt_tokens, answer.output_tokens
 
 
-class Deployment:
+class Served:
     """A served model and its workers' pages of metrics."""
 
-    def __init__(self, url: str, num_workers: int) -> None:
+    def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=60)
         self._model = self._client.get("/v1/models").json()["data"][0]["id"]
         self._endpoint = Endpoint(url, None)
-        if not eventually(lambda: len(self._registered()) == num_workers, START):
-            raise SystemExit(f"not all {num_workers} workers registered within {START:g} s")
-        self._workers = self._registered()
+        self._workers = self._client.get("/admin/workers").json()["workers"]
         self.block_size: int = self._workers[0]["block_size"]
         self.block_bytes: int = self._workers[0]["block_bytes"]
-
-    def _registered(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self._client.get("/admin/workers").json()["workers"]
-        return rows
 
     def received(self) -> float:
         """Bytes of KV that have come to decode workers so far."""
@@ -132,22 +124,20 @@ def _take(answer: Answer, event: dict[str, Any], seconds: float) -> None:
 
 
 async def take_turn(
-    deployment: Deployment, chats: list[Chat], number: int, num_words: int, output_tokens: int
+    served: Served, chats: list[Chat], number: int, num_words: int, output_tokens: int
 ) -> dict[str, float]:
     """One turn of all chats, and the same prompts cold. Times in milliseconds."""
-    size, before = deployment.block_size, deployment.received()
+    size, before = served.block_size, served.received()
     for chat in chats:
         chat.ask(num_words)
     answers = await asyncio.gather(
-        *(deployment.ask(chat.messages, max_tokens=output_tokens) for chat in chats)
+        *(served.ask(chat.messages, max_tokens=output_tokens) for chat in chats)
     )
     await asyncio.sleep(TOLD)
-    moved_blocks = (deployment.received() - before) / deployment.block_bytes
+    moved_blocks = (served.received() - before) / served.block_bytes
     colds = await asyncio.gather(
         *(
-            deployment.ask(
-                chat.messages, max_tokens=output_tokens, cache_salt=f"cold {number} {user}"
-            )
+            served.ask(chat.messages, max_tokens=output_tokens, cache_salt=f"cold {number} {user}")
             for user, chat in enumerate(chats)
         )
     )
@@ -180,19 +170,19 @@ def _times(name: str, answers: list[Answer]) -> dict[str, float]:
 
 
 async def converse(
-    deployment: Deployment, users: int, turns: int, num_words: int, output_tokens: int
+    served: Served, users: int, turns: int, num_words: int, output_tokens: int
 ) -> list[dict[str, float]]:
     """One row for each turn."""
     try:
         stranger = Chat(random.Random("warm-up"))
-        await take_turn(deployment, [stranger], 0, num_words, output_tokens)
+        await take_turn(served, [stranger], 0, num_words, output_tokens)
         chats = [Chat(random.Random(f"user {user}")) for user in range(users)]
         return [
-            await take_turn(deployment, chats, number, num_words, output_tokens)
+            await take_turn(served, chats, number, num_words, output_tokens)
             for number in range(1, turns + 1)
         ]
     finally:
-        deployment.close()
+        served.close()
 
 
 def main(
@@ -205,19 +195,11 @@ def main(
     """Print a table of each deployment and write both to bench/results/turns.json."""
     rows = {}
     for name, workers in DEPLOYMENTS.items():
-        port = free_port()
-        command = [sys.executable, "-m", "cli.main", "serve", "--model", model]
-        command += ["--port", str(port), "--disaggregation", "always"]  # what decode lacks moves
-        command += ["--prefill", str(workers), "--decode", str(workers)]
-        serve = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until_ready(url)
-            deployment = Deployment(url, 2 * workers)
-            rows[name] = asyncio.run(converse(deployment, users, turns, words, output_tokens))
-        finally:
-            serve.terminate()
-            serve.wait()
+        options = ["--disaggregation", "always"]  # what decode lacks moves
+        options += ["--prefill", str(workers), "--decode", str(workers)]
+        with serving(model, *options) as deployment:
+            served = Served(deployment.url)
+            rows[name] = asyncio.run(converse(served, users, turns, words, output_tokens))
         show(name, rows[name])
     RESULTS.mkdir(exist_ok=True)
     settings = {"model": model, "users": users, "words": words, "output_tokens": output_tokens}
