@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -46,7 +46,7 @@ def measure(
     Console().print(table)
 
 
-def _run(transport: str, batches: int) -> list[dict[str, object]]:
+def _run(transport: str, batches: int) -> list[dict[str, Any]]:
     def start(role: str, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "bench.event_loop", "end", role, transport, str(batches)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -100,9 +100,11 @@ async def _end(role: str, transport: str, batches: int, address: str) -> None:
     factory = auto_factory(rows, host) if transport == "auto" else UCXTransport.factory(host)
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[object] = asyncio.Queue()
-    thread = TransferThread(
-        rows, factory, lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
-    )
+
+    def tell(event: object) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+    thread = TransferThread(rows, factory, tell)
     thread.start()
     lags: list[float] = []
     napping = asyncio.create_task(_nap(lags))

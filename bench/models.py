@@ -70,7 +70,7 @@ def random_weights(layers: int, seed: int) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
 
     def matrix(outputs: int, inputs: int) -> torch.Tensor:
-        weight = torch.randn(outputs, inputs, generator=random) * inputs**-0.5
+        weight: torch.Tensor = torch.randn(outputs, inputs, generator=random) * inputs**-0.5
         return weight.to(torch.bfloat16)
 
     def ones(size: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ Prints the perplexities, and the share of tokens for which both give the same mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -84,7 +84,7 @@ def predict_half(model: Model, keys: Format | None, tokens: list[int]) -> Tensor
     return step(model, tokens[half:-1], half, kv)
 
 
-def compare(exact: Predict, others: dict[str, Predict]) -> None:
+def compare(exact: Predict, others: Mapping[str, Predict]) -> None:
     tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     reference = read_reference()
     for pages, first in (("held out", 0), ("trained on", PERIOD // 2)):

@@ -219,8 +219,8 @@ async def _measure(load: Load, url: str, endpoint: str, pid: int) -> Figures:
         resident = router.memory_info().rss
         begun, arrivals = zip(*await streaming, strict=True)
         seconds, used = time.perf_counter() - began, _cpu(router) - cpu
-        with httpx.Client() as client:
-            counted = await asyncio.to_thread(scrape, f"{url}/metrics", client)
+        with httpx.Client() as scraping:
+            counted = await asyncio.to_thread(scrape, f"{url}/metrics", scraping)
     if any(len(times) != load.tokens for times in arrivals):
         raise RuntimeError("tokens are missing")
     delays = [

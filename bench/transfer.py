@@ -27,13 +27,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import libucx
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+if TYPE_CHECKING:  # torch comes where it is needed: the driver must not load it
+    from kvtransfer.thread import TransferThread
 
 PERFTEST = Path(libucx.__file__).parent / "bin" / "ucx_perftest"
 WARM_UP = 2  # transfers before the clock starts
@@ -231,7 +234,7 @@ def _blocks(num_bytes: int, row_bytes: int, order: str, seed: int) -> tuple[list
 @contextmanager
 def _worker(
     num_bytes: int, row_bytes: int, transport: str, *, shared: bool
-) -> Iterator[tuple[object, queue.Queue[object]]]:
+) -> Iterator[tuple[TransferThread, queue.Queue[Any]]]:
     import torch
 
     from kernels.cpu.memory import private_zeros
@@ -246,7 +249,7 @@ def _worker(
     torch.arange(rows.numel(), out=rows.view(-1))
     host = "127.0.0.1"
     factory = UCXTransport.factory(host) if transport == "ucx" else auto_factory(rows, host)
-    events: queue.Queue[object] = queue.Queue()
+    events: queue.Queue[Any] = queue.Queue()
     thread = TransferThread(rows, factory, events.put)
     thread.start()
     yield thread, events

@@ -5,6 +5,8 @@ Peers sort: alone, and with the cumulative probabilities and the draw that follo
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -35,10 +37,9 @@ def check(name: str, *, temperature: float, top_k: int = VOCAB, top_p: float = 1
     def run(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         rows, vocab = 6, 5000
         logits = (3 * torch.randn((rows, vocab), device=device)).to(dtype).float()
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        ours = sample_tokens_triton(logits, metadata(rows, vocab, device, **options))
-        cpu = torch.device("cpu")
-        twin = sample_tokens_torch(logits.cpu(), metadata(rows, vocab, cpu, **options))
+        options = partial(metadata, temperature=temperature, top_k=top_k, top_p=top_p)
+        ours = sample_tokens_triton(logits, options(rows, vocab, device))
+        twin = sample_tokens_torch(logits.cpu(), options(rows, vocab, torch.device("cpu")))
         return ours.float(), twin.to(device).float()
 
     return Check(f"sampling, {name}", run)
