@@ -26,10 +26,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency import wait_until_ready
+from bench.deployment import serving
 from bench.streams import stream
 from planner.outcome import Outcome, Slo
-from tests.stack import free_port
 
 RESULTS = Path(__file__).parent / "results"
 REFUSED = 429
@@ -62,26 +61,28 @@ def main(
     prompts: Annotated[float, typer.Option(help="Seconds of long prompts.", min=10)] = 120.0,
     slo_ttft: Annotated[float, typer.Option(help="Milliseconds.")] = 400.0,
     slo_tpot: Annotated[float, typer.Option(help="Milliseconds.")] = 20.0,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG of the console at the end; needs playwright.")
+    ] = None,
 ) -> None:
     """Print what happened and write it to bench/results/autopilot.json."""
-    port, journal = free_port(), free_port()
-    url = f"http://127.0.0.1:{port}"
     parts = [
         Part("long answers", 60, 120, 6.0, answers),
         Part("long prompts", 1400, 8, 8.0, prompts),
     ]
     objective = ["--slo-ttft", str(slo_ttft), "--slo-tpot", str(slo_tpot)]
-    pilot = ["autopilot", *objective, "--mode", "on", "--router", url, "--cool-down", "30"]
+    pilot = ["autopilot", *objective, "--mode", "on", "--cool-down", "30", "--interval", "2"]
     with (
-        _command("serve", "--model", "demo", "--port", str(port), *DEPLOYMENT),
-        contextlib.ExitStack() as stack,
+        serving("demo", *DEPLOYMENT) as deployment,
+        _command(*pilot, "--router", deployment.url),
     ):
-        wait_until_ready(url)
-        stack.enter_context(_command(*pilot, "--interval", "2", "--metrics-port", str(journal)))
+        url = deployment.url
         model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         rows = asyncio.run(_play(url, model, parts, Slo(slo_ttft / 1e3, slo_tpot / 1e3)))
-        decisions = httpx.get(f"http://127.0.0.1:{journal}/decisions").json()["decisions"]
+        decisions = httpx.get(f"{url}/admin/autopilot").json()["autopilot"]["decisions"]
         pools = httpx.get(f"{url}/admin/pools").json()
+        if picture is not None:
+            _take(picture, url, {"ttft": slo_ttft, "tpot": slo_tpot})
     table = Table("part", *list(rows[0])[1:])
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
@@ -146,6 +147,17 @@ async def _one(url: str, model: str, part: Part) -> _Answer:
         return _Answer(status)
     tpot = (arrivals[-1] - arrivals[0]) / (part.output_tokens - 1)
     return _Answer(status, arrivals[0] - sent, tpot, whole=True)
+
+
+def _take(picture: Path, url: str, objective: dict[str, float]) -> None:
+    from bench.console_images import console
+
+    with console(url, objective) as page:
+        part = page.locator("#autopilot")
+        part.wait_for()
+        part.evaluate("part => part.scrollIntoView({ block: 'end' })")
+        page.evaluate("document.activeElement.blur()")
+        page.screenshot(path=picture)
 
 
 @contextlib.contextmanager

@@ -12,19 +12,22 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Locator, Page, ViewportSize, sync_playwright
 
 from tests.stack import Stack
 
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
-VIEWPORT = {"width": 1180, "height": 1130}
+Scheme = Literal["light", "dark"]
+VIEWPORT: ViewportSize = {"width": 1180, "height": 1130}
 MARGIN = 16  # pixels around a part of the page
 PLACES = ("--max-num-seqs", "3")
-OBJECTIVE = {"ttft": 300, "tpot": 20}  # ms
+OBJECTIVE = {"ttft": 300.0, "tpot": 20.0}  # ms
 CALM = ("--rate", "4", "--prompt-tokens", "48-400", "--output-tokens", "32-128")
 BURST = ("--concurrency", "25", "--num-requests", "25", "--warmup", "0")
 LONG = ("--prompt-tokens", "600", "--output-tokens", "120")
@@ -33,7 +36,7 @@ AFTERWARDS = 15  # seconds of calm load after the burst, so that the charts show
 
 def main(
     seconds: Annotated[int, typer.Option(help="Of calm load before the burst.", min=30)] = 180,
-    scheme: Annotated[Literal["light", "dark"], typer.Option(help="Colours.")] = "light",
+    scheme: Annotated[Scheme, typer.Option(help="Colours.")] = "light",
     folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = FOLDER,
 ) -> None:
     """Write console.png, slow-requests.png, waterfall.png and what-if.png."""
@@ -41,15 +44,8 @@ def main(
     name = ("--served-model-name", "kvferry-demo")
     with (
         Stack("demo", prefill=[(), ()], decode=decode, router=name, transport="auto") as stack,
-        sync_playwright() as started,
+        console(stack.url, OBJECTIVE, scheme) as page,
     ):
-        executable = shutil.which("chromium") or shutil.which("chromium-browser")
-        browser = started.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        page = browser.new_page(viewport=VIEWPORT, color_scheme=scheme)
-        page.goto(stack.url + "/console")
-        for field, value in OBJECTIVE.items():
-            page.locator(f"input[name={field}]").fill(str(value))
-            page.keyboard.press("Enter")
         _load(stack, *CALM, "--duration", str(seconds)).wait()
         _what_if(page, folder)
         _load(stack, *BURST, *LONG, "--seed", "1").wait()
@@ -58,6 +54,20 @@ def main(
         page.screenshot(path=folder / "console.png")
         _slowest(page, folder)
         calm.wait()
+
+
+@contextmanager
+def console(url: str, objective: dict[str, float], scheme: Scheme = "light") -> Iterator[Page]:
+    """A router's console in Chromium. ``objective``: ``ttft`` and ``tpot`` in milliseconds."""
+    with sync_playwright() as started:
+        executable = shutil.which("chromium") or shutil.which("chromium-browser")
+        browser = started.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        page = browser.new_page(viewport=VIEWPORT, color_scheme=scheme)
+        page.goto(url + "/console")
+        for field, value in objective.items():
+            page.locator(f"input[name={field}]").fill(f"{value:g}")
+            page.keyboard.press("Enter")
+        yield page
         browser.close()
 
 
@@ -66,7 +76,7 @@ def _load(stack: Stack, *options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _what_if(page: Any, folder: Path) -> None:
+def _what_if(page: Page, folder: Path) -> None:
     """One prefill worker fewer, at four times the rate."""
     section = page.locator("#what-if")
     section.locator("summary").click()
@@ -80,7 +90,7 @@ def _what_if(page: Any, folder: Path) -> None:
     page.evaluate("scroll(0, 0)")
 
 
-def _slowest(page: Any, folder: Path) -> None:
+def _slowest(page: Page, folder: Path) -> None:
     page.get_by_role("button", name="Slow").click()
     requests = page.locator("section", has=page.locator("#requests"))
     _picture(page, requests, folder / "slow-requests.png")
@@ -89,14 +99,21 @@ def _slowest(page: Any, folder: Path) -> None:
     page.locator("dialog#request").screenshot(path=folder / "waterfall.png")
 
 
-def _picture(page: Any, part: Any, file: Path) -> None:
+def _picture(page: Page, part: Locator, file: Path) -> None:
     """A part of the page with some of what is around it."""
     part.evaluate("part => part.scrollIntoView({ block: 'center' })")
     page.evaluate("document.activeElement.blur()")
     box = part.bounding_box()
-    corner = {side: max(0, box[side] - MARGIN) for side in ("x", "y")}
-    size = {side: box[side] + 2 * MARGIN for side in ("width", "height")}
-    page.screenshot(path=file, clip={**corner, **size})
+    assert box is not None
+    page.screenshot(
+        path=file,
+        clip={
+            "x": max(0, box["x"] - MARGIN),
+            "y": max(0, box["y"] - MARGIN),
+            "width": box["width"] + 2 * MARGIN,
+            "height": box["height"] + 2 * MARGIN,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency import wait_until_ready
+from bench.deployment import serving
 from bench.streams import stream
 from planner.fit import observed_profile
 from planner.observed import Row, placement_of
@@ -35,7 +33,6 @@ from planner.profile import Link
 from planner.simulator import simulate
 from planner.what_if import capacity
 from planner.workload import Lengths, Request, generate
-from tests.stack import free_port
 
 RESULTS = Path(__file__).parent / "results"
 DEPLOYMENTS = {
@@ -76,14 +73,8 @@ def _deployment(
     lengths: tuple[Lengths, Lengths],
     most: float,
 ) -> list[dict[str, float]]:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "cli.main", "serve", "--model", model, "--port", str(port)]
-    serve = subprocess.Popen(
-        [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        wait_until_ready(url)
+    with serving(model, *options) as deployment:
+        url = deployment.url
         served = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
         drawn = _draw(WARM_UP_RATE, WARM_UP, lengths)
         asyncio.run(_send(url, served, drawn))  # warms up, and tells what a step takes
@@ -96,9 +87,6 @@ def _deployment(
             runs.append((load * carried, *asyncio.run(_send(url, served, requests))))
         told = httpx.get(f"{url}/admin/workload?seconds=3600").json()["rows"]
         profile = observed_profile(_workers(url), [Row(*row) for row in told], LOCAL)
-    finally:
-        serve.terminate()
-        serve.wait()
     rows = []
     for rate, requests, measured in runs:
         predicted = simulate(requests, placement, profile, detail="exact").figures()

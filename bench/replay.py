@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +120,7 @@ def _line(request: Request) -> str:
 
 def run(
     items: Sequence[Item], policy: PolicyName, num_routers: int, kv_blocks: int, rate: float
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Serve the items by a fresh deployment."""
     stack = Replicas(
         "demo",
@@ -147,11 +148,20 @@ def run(
     found = sum(grown("prefill", "kvferry_prefix_cache_hits_total"))
     return {
         "failed": len(failed),
+        "failures": failures(failed),
         "hit_rate": found / looked_up,
         "ttft_p50_ms": 1e3 * float(np.percentile(ttft, 50)),
         "ttft_p99_ms": 1e3 * float(np.percentile(ttft, 99)),
         "prefill_load": spread(grown("prefill", "kvferry_prompt_tokens_computed_total")),
         "decode_load": spread(grown("decode", "kvferry_generation_tokens_total")),
+    }
+
+
+def failures(failed: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """How many failed of each kind, most first, and what one of them was told."""
+    counts, told = Counter(r.error for r in failed), {r.error: r.message for r in failed}
+    return {
+        str(kind): {"count": count, "such_as": told[kind]} for kind, count in counts.most_common()
     }
 
 
@@ -232,11 +242,17 @@ def _chosen(known: tuple[Name, ...], names: list[str] | None) -> list[Name]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print a case's runs as a table."""
-    table = Table(*(name.replace("_", " ") for name in rows[0]))
+    """Print a case's runs as a table, and below it why requests failed."""
+    columns = [name for name in rows[0] if name != "failures"]
+    table, console = Table(*(name.replace("_", " ") for name in columns)), Console(width=140)
     for row in rows:
-        table.add_row(*(v if isinstance(v, str) else f"{v:.4g}" for v in row.values()))
-    Console(width=140).print(table)
+        values = (row[name] for name in columns)
+        table.add_row(*(v if isinstance(v, str) else f"{v:.4g}" for v in values))
+    console.print(table)
+    for row in rows:
+        for kind, seen in row["failures"].items():
+            run = f"{row['policy']}, {row['routers']} routers"
+            console.print(f"{run}: {seen['count']} x {kind}, such as: {seen['such_as']}")
 
 
 if __name__ == "__main__":

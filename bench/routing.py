@@ -2,6 +2,7 @@
 
     python -m bench.routing policies TRACE --rate 16 --kv-tokens 400000
     python -m bench.routing skew
+    python -m bench.routing bursts
     python -m bench.routing index
 
 The simulator runs the router's own policy over real block pools (docs/decisions/0012). ``ideal``
@@ -14,6 +15,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -51,9 +53,9 @@ class _Counting(RouterPolicy):
         self.prompt_tokens = Counter(dict.fromkeys(range(placement.prefill), 0))
         self.sequences = Counter(dict.fromkeys(range(placement.decode), 0))
 
-    def choose(self, job: Job) -> Workers | None:
+    def choose(self, job: Job, now: float) -> Workers | None:
         """See ``Route``."""
-        chosen = super().choose(job)
+        chosen = super().choose(job, now)
         if chosen is not None:
             assert chosen[0] is not None, "decode has no prompts of its own here"
             self.prompt_tokens[chosen[0]] += job.request.prompt_tokens
@@ -145,6 +147,25 @@ def skew(rate: float = 60.0, count: int = 6000, workers: int = 4) -> None:
         for policy in POLICIES:
             table.add_row(*_row(policy, *_run(requests, placement, worker, policy)))
         Console().print(table)
+
+
+@app.command()
+def bursts(rate: float = 4.0, count: int = 150, size: int = 8, workers: int = 4) -> None:
+    """``rate`` times a second ``size`` requests at once, all but 100 of their tokens alike."""
+    worker, placement = PUBLISHED["h200-llama-3.1-8b"], Placement(prefill=workers, decode=workers)
+    shared, own = 8, 100  # blocks and tokens
+    one = Lengths(shared * PREFIX_TOKENS + own, 0.0)
+    requests = [
+        replace(request, prefix=tuple(range(number * shared, (number + 1) * shared)))
+        for number, request in enumerate(
+            generate(rate=rate, count=count, prompt=one, output=Lengths(100, 0.0))
+        )
+        for _ in range(size)
+    ]
+    table = _table(f"{size} requests at once with a prefix of {shared * PREFIX_TOKENS}, {rate:g}/s")
+    for policy in POLICIES:
+        table.add_row(*_row(policy, *_run(requests, placement, worker, policy)))
+    Console().print(table)
 
 
 @app.command()

@@ -102,8 +102,9 @@ def published(folder: Path) -> None:
         if prompt == 512:
             curves["token by batch", *of][batch].append(float(row["token_time"]))
     for row in _rows(folder / "h200_llama3.1-8b_bf16_lower_bound.csv"):
-        name = f"{row['phase']} by context", f"batch {row['batch']}"
-        curves[name][int(row["ctx"])].append(float(row["total_ms"]))
+        curves[f"{row['phase']} by context", f"batch {row['batch']}"][int(row["ctx"])].append(
+            float(row["total_ms"])
+        )
     errors = defaultdict(list)
     for name, points in curves.items():
         xs = sorted(points)
@@ -157,7 +158,7 @@ class RandomRoute(LeastLoaded):
 
     def prefill_for(self, job: Job) -> int:
         """A prefill worker by chance."""
-        return self._random.randrange(len(self.queued))
+        return self._random.randrange(len(self.prompts.num))
 
 
 class CacheAware(LeastLoaded):
@@ -168,7 +169,7 @@ class CacheAware(LeastLoaded):
 
     def __init__(self, placement: Placement, profile: WorkerProfile) -> None:
         super().__init__(placement, profile)
-        self._given: list[set[bytes]] = [set() for _ in self.queued]
+        self._given: list[set[bytes]] = [set() for _ in self.prompts.num]
 
     def prefill_for(self, job: Job) -> int:
         """A prefill worker by its queue and its cache."""
@@ -176,9 +177,9 @@ class CacheAware(LeastLoaded):
 
         def work(index: int) -> int:
             known = takewhile(self._given[index].__contains__, names)
-            return self.queued[index] - PREFIX_TOKENS * sum(1 for _ in known)
+            return self.prompts.tokens[index] - PREFIX_TOKENS * sum(1 for _ in known)
 
-        best = min(range(len(self.queued)), key=work)
+        best = min(range(len(self._given)), key=work)
         self._given[best].update(names)
         return best
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from statistics import mean
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from cli.admin_client import fetch
-from cli.autopilot_journal import Journal, Mode
+from cli.autopilot_journal import Journal
 from cli.options import Attainment, OperatorKey, RouterUrl, SloTpot, SloTtft
 from cli.scaling import Scale, chosen_scale
 from planner.autopilot import decide, judge, predictor
@@ -25,6 +26,8 @@ from planner.observed import Row, placement_of
 from planner.outcome import Slo
 from planner.workload import Request
 from protocol.errors import ConfigError, KvferryError
+
+Mode = Literal["dry-run", "on"]
 
 
 def autopilot(
@@ -57,11 +60,11 @@ def autopilot(
     max_workers: Annotated[int, typer.Option(help="Where workers are added.", min=2)] = 8,
     metrics_port: Annotated[
         int | None,
-        typer.Option(help="Port of /metrics and /decisions, for this host.", min=1, max=65535),
+        typer.Option(help="Port of /metrics, for this host.", min=1, max=65535),
     ] = None,
 ) -> None:
     """Keep the pools' ratio right for the requests that come. By default it only tells."""
-    journal = Journal(mode)
+    journal = Journal()
     try:
         scale = chosen_scale(scale_command, kubernetes_prefill, kubernetes_decode)
         limits = Limits(
@@ -74,7 +77,8 @@ def autopilot(
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         raise typer.Exit(1) from error
-    pilot = Autopilot(router, api_key[0] if api_key else None, mode, limits, journal, scale)
+    key = api_key[0] if api_key else None
+    pilot = Autopilot(router, key, mode, limits, journal, scale, interval)
     while True:
         pilot.look()
         time.sleep(interval)
@@ -90,17 +94,20 @@ class Autopilot:
         mode: Mode,
         limits: Limits,
         journal: Journal,
-        scale: Scale | None = None,
+        scale: Scale | None,
+        interval: float,
     ) -> None:
         self._url, self._api_key, self._mode = url, api_key, mode
         self._limits, self._journal, self._scale = limits, journal, scale
+        self._interval = interval
         self._state = State.at_start(time.monotonic(), limits)
         self._trouble: str | None = None
 
     def look(self) -> None:
-        """Observe, judge former decisions, decide, and carry it out."""
+        """Observe, judge former decisions, decide, carry it out, and tell the router."""
         try:
             self._look()
+            self._report()
         except KvferryError as error:
             if str(error) != self._trouble:
                 self._journal.waiting(str(error))
@@ -127,6 +134,19 @@ class Autopilot:
         self._state, decision = decide(seen, self._state, now, self._limits, predict)
         if decision is not None:
             self._decided(decision)
+
+    def _report(self) -> None:
+        """For the router's console."""
+        report = {
+            "mode": self._mode,
+            "slo": asdict(self._limits.slo),
+            "interval": self._interval,
+            "decisions": self._journal.decisions(),
+        }
+        try:
+            self._ask("/admin/autopilot", "PUT", report)
+        except KvferryError as error:
+            raise KvferryError(f"the console shows no decisions: {error}") from error
 
     def _ask(self, path: str, method: str = "GET", body: object = None) -> Any:
         return fetch(self._url, path, self._api_key, method=method, body=body)

@@ -1,35 +1,28 @@
 """What the autopilot decided, why, and what came of it: told, counted and remembered.
 
-A JSON line on standard output for each event; Prometheus' series; the last decisions as JSON.
+A JSON line on standard output for each event; Prometheus' series; the last decisions.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from threading import Thread
-from typing import Any, Literal
-from wsgiref.simple_server import WSGIRequestHandler, make_server
-from wsgiref.types import StartResponse, WSGIEnvironment
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from planner.autopilot_terms import Decision
 from protocol.errors import ConfigError
 
-REMEMBERED = 200  # decisions
-
-Mode = Literal["dry-run", "on"]
+REMEMBERED = 50  # decisions
 
 
 class Journal:
     """One autopilot's."""
 
-    def __init__(self, mode: Mode) -> None:
-        self._mode = mode
+    def __init__(self) -> None:
         self._told: dict[float, dict[str, Any]] = {}  # by when it was decided, the oldest first
         self.registry = CollectorRegistry()
         self._decisions = Counter(
@@ -46,7 +39,7 @@ class Journal:
         )
 
     def waiting(self, reason: str) -> None:
-        """Nothing can be decided."""
+        """Nothing can be decided, or reported."""
         _write({"time": _now(), "event": "waiting", "reason": reason})
 
     def decided(self, decision: Decision, done: bool, error: str | None) -> None:
@@ -68,38 +61,20 @@ class Journal:
         if decision.outcome is not None:
             self._attainment.labels("measured").set(decision.outcome)
 
-    def decisions(self) -> dict[str, Any]:
+    def decisions(self) -> list[dict[str, Any]]:
         """The last ones, the newest first. ``outcome`` stays null until ``judged``."""
-        told = list(self._told.values())
-        return {"mode": self._mode, "decisions": told[::-1]}
+        return list(self._told.values())[::-1]
 
     def serve(self, port: int) -> int:
-        """``/metrics`` and ``/decisions`` for this host, in a thread; 0: any port. Returns it.
+        """``/metrics`` for this host, in a thread; 0: any port. Returns it.
 
         Raises ConfigError when the port cannot be had.
         """
-        metrics = make_wsgi_app(self.registry)
-
-        def app(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-            if environ["PATH_INFO"] == "/decisions":
-                start("200 OK", [("Content-Type", "application/json")])
-                return [json.dumps(self.decisions()).encode()]
-            page: Iterable[bytes] = metrics(environ, start)
-            return page
-
         try:
-            server = make_server("127.0.0.1", port, app, handler_class=_Quiet)
+            server, _ = start_http_server(port, "127.0.0.1", self.registry)
         except OSError as error:
             raise ConfigError(f"cannot listen on port {port}: {error.strerror}") from error
-        Thread(target=server.serve_forever, daemon=True).start()
         return server.server_port
-
-
-class _Quiet(WSGIRequestHandler):
-    timeout = 5.0  # seconds for a request: one that never ends would keep the others out
-
-    def log_message(self, *_: object) -> None:
-        """Standard output is the journal's, and nobody reads who scraped."""
 
 
 def _fields(decision: Decision) -> dict[str, Any]:

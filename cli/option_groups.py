@@ -14,7 +14,15 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from cli.options import ApiKey, BlockSize, Device, Dtype, EnforceEager, Quantization
+from cli.options import (
+    ApiKey,
+    BlockSize,
+    Device,
+    Dtype,
+    EnforceEager,
+    Quantization,
+    WireQuantization,
+)
 from cli.sizes import checked_size
 
 
@@ -136,13 +144,7 @@ class WorkerOptions:
             help="How KV travels. auto: over mapped memory to peers on this host, else UCX."
         ),
     ] = "auto"
-    wire_quantization: Annotated[
-        Literal["none", "int8", "fp8"],
-        typer.Option(
-            help="KV travels in 8 bits: int8, or fp8 for keys beside int8 for values. Where peers "
-            "map this host's memory it stays as it is. The same for all workers."
-        ),
-    ] = "none"
+    wire_quantization: WireQuantization = "none"
     require_transport: Annotated[
         str | None,
         typer.Option(help="Refuse to start without a transport, for example rc_mlx5 or memory."),

@@ -45,6 +45,13 @@ Quantization = Annotated[
 BlockSize = Annotated[
     int | None, typer.Option(help="Tokens in a KV block. Default: 64 on CUDA, 16 on a CPU.")
 ]
+WireQuantization = Annotated[
+    Literal["none", "int8", "fp8"],
+    typer.Option(
+        help="KV travels in 8 bits: int8, or fp8 for keys beside int8 for values. Where peers map "
+        "this host's memory it stays as it is. The same for all workers."
+    ),
+]
 EnforceEager = Annotated[
     bool, typer.Option("--enforce-eager", help="On a GPU, launch decode steps without CUDA graphs.")
 ]

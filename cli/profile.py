@@ -15,7 +15,15 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from cli.options import BlockSize, Device, Dtype, EnforceEager, Model, Quantization
+from cli.options import (
+    BlockSize,
+    Device,
+    Dtype,
+    EnforceEager,
+    Model,
+    Quantization,
+    WireQuantization,
+)
 from planner.fit import StepSample, fit_latency, relative_errors
 from planner.profile import Link, WorkerProfile
 from protocol.errors import KvferryError
@@ -37,6 +45,7 @@ def profile(
     quantization: Quantization = None,
     block_size: BlockSize = None,
     enforce_eager: EnforceEager = False,
+    wire_quantization: WireQuantization = "none",
     threads: Annotated[
         int | None, typer.Option(help="Threads of a CPU engine. Default: torch's choice.", min=1)
     ] = None,
@@ -80,6 +89,7 @@ def profile(
         max_num_batched_tokens=max(chunks),
         decode_graphs=not enforce_eager,
         num_threads=threads,
+        wire_quantization=wire_quantization,
     )
     cases = [(chunk, history, 0) for history in histories for chunk in chunks]
     cases += [(1, context - 1, batch) for context in contexts for batch in batches]
@@ -98,7 +108,7 @@ def profile(
         name=Path(model).name,
         latency=latency,
         kv_tokens=kv_tokens,
-        kv_bytes_per_token=engine.geometry.row_bytes // engine.geometry.block_size,
+        kv_bytes_per_token=engine.fingerprint.wire_bytes // engine.geometry.block_size,
         link=Link(bytes_per_second=link_gbps * 1e9 / 8, latency=link_latency / 1e3),
     )
     output.write_text(worker.model_dump_json(indent=1) + "\n")

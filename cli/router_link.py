@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from engine.cache_feed import CacheFeed
@@ -15,6 +15,7 @@ from protocol.link import Client
 from protocol.messages import (
     ChangeRole,
     Drain,
+    FirstToken,
     Heartbeat,
     Leaving,
     Left,
@@ -26,12 +27,14 @@ from protocol.messages import (
     Role,
     RouterHeartbeat,
     SendCache,
+    Tokens,
 )
 
 log = logging.getLogger(__name__)
 
 RETRY = 0.5  # seconds between registrations until the router answers
 SILENCE = 4.0  # seconds without a word until a router is lost
+TELL = 0.02  # seconds between two messages about the cache, at least
 REFUSED = 5.0  # seconds of refusals until the worker gives up; a dead namesake is forgotten sooner
 
 
@@ -81,12 +84,23 @@ class RouterLink:
         self._heard = 0.0  # time of the router's last message
         self._lateness = Lateness(SILENCE)
         self._refused: float | None = None  # since when
+        self._told = 0.0  # time of the last message about the cache
+        self._telling: asyncio.TimerHandle | None = None  # of the next one, between heartbeats
 
     def send(self, message: Message) -> None:
         """Queue a message about a request, unless the router has lost the request meanwhile."""
         if self.router_id is not None:
             self._num_sent += 1
             self._client.send(message)
+
+    def tell_of_cache(self) -> None:
+        """Tell the router what has changed in the cache now, and not with the next heartbeat.
+
+        What changes within ``TELL`` of the last message waits for its end.
+        """
+        if self._telling is None:
+            wait = max(0.0, self._told + TELL - time.monotonic())
+            self._telling = asyncio.get_running_loop().call_later(wait, self._tell)
 
     def leave(self, next_role: Role | None = None) -> None:
         """Tell the router that the worker takes no new work, until it is back in ``next_role``."""
@@ -114,6 +128,8 @@ class RouterLink:
                 tasks.create_task(self._receive())
                 tasks.create_task(self._beat())
         finally:
+            if self._telling is not None:
+                self._telling.cancel()
             self._client.send(Left())
             self._client.close()
 
@@ -129,13 +145,20 @@ class RouterLink:
                 heartbeat = Heartbeat(
                     epoch=registration.epoch, load=registration.load, num_sent=self._num_sent
                 )
-                changes = self._feed.take()
-                if changes is not None:
-                    self._client.send(changes)
+                self._tell()
                 self._client.send(heartbeat)
             elif not self._leaving:
                 self._client.send(registration)
             await asyncio.sleep(self._interval)
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        changes = self._feed.take() if self.router_id is not None else None
+        if changes is not None:
+            self._client.send(changes)
 
     async def _receive(self) -> None:
         while True:
@@ -195,3 +218,27 @@ class RouterLink:
             self._refused = self._heard
         elif self._heard - self._refused > REFUSED:
             raise ConfigError(reason)
+
+
+def send_to(router_id: str, message: Message, links: Iterable[RouterLink]) -> None:
+    """Send a message about a request to the router that has asked for it, if it is registered.
+
+    The others hear at once what is cached by the end of a prompt or of a sequence: its next turn
+    may come through any of them.
+    """
+    caches = _ends_something(message)
+    for link in links:
+        if link.router_id == router_id:
+            link.send(message)
+        elif caches:
+            link.tell_of_cache()
+
+
+def _ends_something(message: Message) -> bool:
+    """Whether a prompt or a sequence has ended with it."""
+    match message:
+        case FirstToken():
+            return True
+        case Tokens():
+            return any(update.finish_reason is not None for update in message.updates)
+    return False

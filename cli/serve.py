@@ -249,7 +249,7 @@ async def _stop(children: list[Child]) -> None:
 
 def _print_state(config: ServeConfig, children: list[Child], console: Console) -> None:
     placements = {child.name: child.placement for child in children}
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for heading in ("worker", "pid", "model", "transport", "KV blocks", "threads", "address"):
         table.add_column(heading, overflow="fold")
     for worker in _get(config, "/admin/workers")["workers"]:
@@ -260,7 +260,7 @@ def _print_state(config: ServeConfig, children: list[Child], console: Console) -
             worker["transport"].rpartition("): ")[2],  # without the library's version and path
             str(worker["load"]["total_blocks"]),
             _threads(placements[worker["id"]]),
-            worker["data_address"],
+            worker["data_address"].partition(";")[0],  # the rest names mapped memory
         )
     console.print(table)
     model = _get(config, "/v1/models")["data"][0]["id"]

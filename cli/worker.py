@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from cli.addresses import is_local, is_loopback, worker_addresses
 from cli.role_runner import RoleRunner
-from cli.router_link import RouterLink
+from cli.router_link import RouterLink, send_to
 from cli.worker_metrics import WorkerCollector
 from cli.worker_status import Readiness, serve_status
 from decode.scheduler import DecodeScheduler
@@ -231,9 +231,7 @@ class WorkerProcess:
         if isinstance(message, RequestFailed):
             extra = about(message.request_id, code=message.code)
             log.info("request %s failed here: %s", message.request_id, message.message, extra=extra)
-        for link in self._links:
-            if link.router_id == router_id:
-                link.send(message)
+        send_to(router_id, message, self._links)
 
     def _on_transfer(self, event: TransferEvent) -> None:
         """Called on the transfer thread."""

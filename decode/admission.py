@@ -11,7 +11,8 @@ Blocks are reserved before prefill computes. They are written only while the gra
 given back only once the transport has confirmed (Closed) that no receive into them is left: a
 timeout alone frees nothing. Those that a tier holds do not travel: it fills them meanwhile. What
 prefill has heard no answer to it repeats, and gets the same answer. Blocks that do not verify, or
-never come, are not read: the sequence is computed anew from its token ids.
+never come, are not read: the sequence is computed anew from its token ids. What several prompts
+have in common comes once (``decode.sharing``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from decode.acceptances import Acceptances
 from decode.admission_events import Actions, Event, FromPeer
 from decode.grant import Grants, GrantState, OpenGrant, without_blocks
 from decode.room import Room
+from decode.sharing import part, share
 from decode.terms import Terms
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
@@ -86,7 +88,8 @@ class Admission:
     def _advance_all(
         self, grants: Iterable[OpenGrant], event: adm.Tick | adm.RouterLost, now: float
     ) -> Actions:
-        return [action for grant in grants for action in self._advance(grant, event, now)]
+        in_turn = sorted(grants, key=lambda grant: grant.leader is None)  # as ``part`` asks
+        return [action for grant in in_turn for action in self._advance(grant, event, now)]
 
     def _advance(self, grant: OpenGrant | None, event: Event, now: float) -> Actions:
         state = grant.state if grant is not None else None
@@ -161,7 +164,7 @@ class Admission:
         return [*closing, adm.Abandon(event.request_id)]
 
     def _expired(self, grant: OpenGrant, _: adm.Tick, now: float) -> Actions:
-        if now < grant.expires:
+        if now < (grant.expires if grant.leader is None else grant.deadline):
             return []
         if grant.handoff is not None and now < grant.deadline:
             self.integrity_failures["missing"] += 1
@@ -206,6 +209,7 @@ class Admission:
         return adm.Admit(sequence, grant.router_id, grant.deadline, waited=now - grant.asked)
 
     def _open(self, grant: OpenGrant, peer: bytes, now: float) -> Actions:
+        share(grant, self.grants.of_requests(), self._pool)
         self.grants.open(grant)
         grant.expires = min(grant.deadline, now + self._grant_timeout)
         load = adm.LoadBlocks(grant.grant_id, grant.sequence, grant.num_to_load)
@@ -223,15 +227,16 @@ class Admission:
         handoff = grant.handoff
         if handoff is None or not grant.complete:
             return []
-        if any(grant.digests[i] != digest for i, digest in enumerate(handoff.digests)):
+        damaged = any(grant.digests[i] != digest for i, digest in enumerate(handoff.digests))
+        if damaged:
             self.integrity_failures["digest"] += 1
-            return self._admit(grant, handoff, without_blocks(grant.sequence))
-        if not grant.loaded_whole:
+        if damaged or not grant.held_whole:
             return self._admit(grant, handoff, without_blocks(grant.sequence))
         sequence = grant.sequence
         sequence.num_computed = sequence.num_tokens
         self._pool.publish(sequence, 0)
         grant.sequence = without_blocks(sequence)  # the blocks now belong to the sequence
+        grant.whole = True
         return self._admit(grant, handoff, sequence)
 
     def _admit(self, grant: OpenGrant, handoff: Handoff, sequence: Sequence) -> Actions:
@@ -243,7 +248,10 @@ class Admission:
         return [*self._close(grant), admit, adm.Reply(grant.peer, answer)]
 
     def _close(self, grant: OpenGrant) -> Actions:
-        return [adm.CloseReceive(grant.grant_id)] if self.grants.close(grant) else []
+        if not self.grants.close(grant):
+            return []
+        freed = [action for each in part(grant) for action in self._admit_if_complete(each)]
+        return [adm.CloseReceive(grant.grant_id), *freed]
 
     def _fail(self, grant: OpenGrant, error: KvferryError) -> Actions:
         return [*self._close(grant), adm.failed(grant.router_id, grant.request_id, error)]

@@ -40,12 +40,16 @@ class OpenGrant:
     expires: float
     grant_id: int = 0  # from OPEN on
     state: GrantState = GrantState.PENDING
-    num_held_tokens: int = 0  # of whole blocks that the pool has or a tier is to bring back
+    num_held_tokens: int = 0  # of whole blocks that need not be sent under this grant
     num_to_load: int = 0  # blocks that a tier is to bring back
     num_loaded: int | None = None  # of those, from the first on; None: it is still at it
     blocks: list[int] = field(default_factory=list)  # destinations, without what is held
     digests: dict[int, int] = field(default_factory=dict)  # of received blocks, by position
     handoff: Handoff | None = None
+    leader: OpenGrant | None = None  # under which some of its blocks come, until that has ended
+    followers: list[OpenGrant] = field(default_factory=list)  # that it leads
+    whole: bool = False  # all of its blocks are here and verified
+    lost: bool = False  # what it shared with its leader did not come
 
     @property
     def request_id(self) -> str:
@@ -53,15 +57,16 @@ class OpenGrant:
         return self.sequence.request_id
 
     @property
-    def loaded_whole(self) -> bool:
-        """Whether the tier has given all that it was to bring back."""
-        return self.num_to_load == (self.num_loaded or 0)
+    def held_whole(self) -> bool:
+        """Whether a tier has brought back all that it was to, and its leader was sent its own."""
+        return self.num_to_load == (self.num_loaded or 0) and not self.lost
 
     @property
     def complete(self) -> bool:
         """Whether everything has come that can come."""
         loaded = self.num_to_load == 0 or self.num_loaded is not None
-        return self.handoff is not None and loaded and len(self.digests) == len(self.blocks)
+        received = len(self.digests) == len(self.blocks) and self.leader is None
+        return self.handoff is not None and loaded and received
 
     def message(self, epoch: int, now: float) -> Grant:
         """What prefill is told of it."""

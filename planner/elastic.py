@@ -16,7 +16,7 @@ from planner.job import Job
 from planner.observed import Row
 from planner.placement import Placement
 from planner.profile import WorkerProfile
-from planner.routing import LONG_PROMPT, Workers, is_short
+from planner.routing import Places, Prompts, Workers, is_short, prefill_rate
 from protocol.messages import Role
 
 LOOK_EVERY = 5.0  # seconds
@@ -38,11 +38,11 @@ class ElasticRoute:
         self._placement = placement
         self._next: dict[int, Role] = {}  # workers that drain, and what they become
         self._ready = [0.0] * placement.num_workers
-        self._queued = [0] * placement.num_workers  # prompt tokens, in either role
-        self._held = [0] * placement.num_workers  # sequences, in either role
+        self._prompts = Prompts(placement.num_workers, profile)  # in either role
+        self._places = Places(placement.num_workers, placement, profile)  # that decode holds
         self._workers: dict[int, Workers] = {}
         self._limits, self._predict = limits, predict
-        self._seconds = profile.latency.step_seconds(LONG_PROMPT, LONG_PROMPT**2, 0, 0)
+        self._rate = prefill_rate(profile)
         self._state = State.at_start(0.0, limits)
         self._look_due = 0.0
         self._ended: deque[Row] = deque()  # arrivals on the simulation's clock
@@ -52,34 +52,38 @@ class ElasticRoute:
     def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
         """See ``Route``. Caches play no part."""
 
-    def choose(self, job: Job) -> Workers:
+    def choose(self, job: Job, now: float) -> Workers | None:
         """See ``Route``."""
-        now = job.request.arrival
         if now >= self._look_due:
             self._look_due = now + LOOK_EVERY
             self._look(now)
-        decode = min(self._serving("decode", now), key=self._held.__getitem__)
-        prefill = None
-        if not is_short(job.request, self._placement, self._held[decode], self._queued[decode]):
-            prefill = min(self._serving("prefill", now), key=self._queued.__getitem__)
-            self._held[prefill] += 1
+        held = self._places.held
+        free = (i for i in self._serving("decode", now) if self._places.has(i, job.request))
+        decode = min(free, key=held.__getitem__, default=None)
+        if decode is None:
+            return None
+        prefill, tokens = None, self._prompts.tokens
+        if not is_short(job.request, self._placement, held[decode], tokens[decode]):
+            taken = filter(self._prompts.taken, self._serving("prefill", now))
+            prefill = min(taken, key=tokens.__getitem__, default=None)
+            if prefill is None:
+                return None
         self._workers[job.number] = prefill, decode
-        self._held[decode] += 1
-        self._queued[decode if prefill is None else prefill] += job.request.prompt_tokens
+        self._places.take(decode, job.request)
+        self._prompts.add(decode if prefill is None else prefill, job.request.prompt_tokens)
         return prefill, decode
 
     def prefilled(self, job: Job) -> None:
         """See ``Route``."""
         prefill, decode = self._workers[job.number]
-        self._queued[decode if prefill is None else prefill] -= job.request.prompt_tokens
+        self._prompts.end(decode if prefill is None else prefill, job.request.prompt_tokens)
         if prefill is not None:
-            self._held[prefill] -= 1
             self._drained(prefill, job.first_token)
 
     def ended(self, job: Job) -> None:
         """See ``Route``."""
         decode = self._workers.pop(job.number)[1]
-        self._held[decode] -= 1
+        self._places.leave(decode, job.request)
         self._drained(decode, job.last_token)
         request, others = job.request, job.request.output_tokens - 1
         tpot = (job.last_token - job.first_token) / others if others else None
@@ -124,8 +128,8 @@ class ElasticRoute:
             self._change(decision, now)
 
     def _wait(self, now: float) -> float:
-        queued = min(self._queued[index] for index in self._serving("prefill", now))
-        return queued * self._seconds / LONG_PROMPT
+        queued = min(self._prompts.tokens[index] for index in self._serving("prefill", now))
+        return queued / self._rate
 
     def _change(self, decision: Decision, now: float) -> None:
         """The least loaded workers of the pool that shrinks change."""
@@ -136,13 +140,17 @@ class ElasticRoute:
         more = decision.wanted.prefill - decision.present.prefill
         source: Role = "decode" if more > 0 else "prefill"
         target: Role = "prefill" if more > 0 else "decode"
-        leaving = sorted(self._serving(source, now), key=self._held.__getitem__)[: abs(more)]
+        leaving = sorted(self._serving(source, now), key=self._holds)[: abs(more)]
         for index in leaving:
             self._next[index] = target
             self._drained(index, now)
 
+    def _holds(self, index: int) -> int:
+        """Sequences of a worker, in either role."""
+        return self._prompts.num[index] + self._places.held[index]
+
     def _drained(self, index: int, now: float) -> None:
         """Once a worker that is to change holds nothing, it changes."""
-        if index in self._next and not self._held[index]:
+        if index in self._next and not self._holds(index):
             self._roles[index] = self._next.pop(index)
             self._ready[index] = now + FLIP_SECONDS

@@ -6,6 +6,7 @@ workers tell with their load (``engine.step_sums``); both end in the same normal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.step_sums import with_step
+from engine.step_sums import with_steps
 from planner.latency import DecodeFit, LinearLatency, PrefillFit
 from planner.observed import Row, link_latencies_of, overhead_of
 from planner.profile import Link, WorkerProfile
@@ -70,7 +71,7 @@ def observed_profile(
                 f"{FEWEST_STEPS}"
             )
     block_size = workers[0]["block_size"]
-    kv_bytes_per_token = max(1, workers[0]["block_bytes"] // block_size)
+    kv_bytes_per_token = max(1, workers[0]["block_wire_bytes"] // block_size)
     chunk = workers[0]["load"]["max_num_batched_tokens"]
     latencies = link_latencies_of(rows, chunk, kv_bytes_per_token / link.bytes_per_second)
     return WorkerProfile(
@@ -100,7 +101,7 @@ def _sums(
         if sample.seconds <= 0:
             raise ConfigError(f"a {kind} step took no time")
         relative = sample.seconds  # as the scale: errors count by their share of the time
-        sums = with_step(sums, terms, sample.seconds, relative, memory=1.0)
+        sums = with_steps(sums, terms, sample.seconds, relative, memory=1.0)
     return sums
 
 
@@ -108,22 +109,30 @@ def _together(rows: Sequence[dict[str, Any]]) -> StepSums:
     def added(name: str) -> tuple[float, ...]:
         return tuple(map(sum, zip(*(row[name] for row in rows), strict=True)))
 
-    count = sum(row["count"] for row in rows)
-    return StepSums(count=count, products=added("products"), totals=added("totals"))
+    count, squares = (sum(row[name] for row in rows) for name in ("count", "squares"))
+    products, totals = added("products"), added("totals")
+    return StepSums(count=count, products=products, totals=totals, squares=squares)
 
 
 def _model(prefill: StepSums, decode: StepSums) -> LinearLatency:
-    fixed, per_token, per_square = _solve(prefill)
+    (fixed, per_token, per_square), prefill_variation = _solve(prefill)
     prefill_fit = PrefillFit(fixed=fixed, per_token=per_token, per_square=per_square)
-    fixed, per_context, per_row = _solve(decode)
+    (fixed, per_context, per_row), decode_variation = _solve(decode)
     decode_fit = DecodeFit(fixed=fixed, per_context=per_context, per_row=per_row)
-    return LinearLatency(prefill=prefill_fit, decode=decode_fit)
+    return LinearLatency(
+        prefill=prefill_fit,
+        decode=decode_fit,
+        prefill_variation=prefill_variation,
+        decode_variation=decode_variation,
+    )
 
 
-def _solve(sums: StepSums) -> tuple[float, float, float]:
+def _solve(sums: StepSums) -> tuple[tuple[float, float, float], float]:
     """Coefficients of the three terms; the most negative is set to zero until none is.
 
-    Where steps were too alike to tell terms apart, the smallest solution shares the time out.
+    Where steps were too alike to tell terms apart, the smallest solution shares the time out. With
+    them comes the variation: the root of the residuals' sum of squares over that of the fitted
+    times, each step divided by its scale.
     """
     products = np.zeros((NUM_TERMS, NUM_TERMS))
     products[np.triu_indices(NUM_TERMS)] = sums.products
@@ -138,4 +147,7 @@ def _solve(sums: StepSums) -> tuple[float, float, float]:
             solution[kept] = found / scale[kept]
             break
         del kept[int(found.argmin())]
-    return float(solution[0]), float(solution[1]), float(solution[2])
+    fitted = float(solution @ products @ solution)
+    residual = max(0.0, sums.squares - 2 * float(solution @ sums.totals) + fitted)
+    variation = math.sqrt(residual / fitted) if fitted else 0.0
+    return (float(solution[0]), float(solution[1]), float(solution[2])), variation

@@ -22,6 +22,8 @@ class Job:
     sequence: Sequence
     kv: Sequence
     asked: bool = False  # decode knows of it
+    granted: bool = False  # and has room for it
+    last_chunk: int = 0  # tokens of the step that gave its first token
     first_chunk: float = field(default=-1.0)  # when its first blocks could travel
     first_token: float = 0.0
     last_token: float = 0.0

@@ -1,4 +1,4 @@
-"""How long one engine step takes, from what it computes. Seconds and tokens everywhere.
+"""How long one engine step takes in the mean, from what it computes. Seconds and tokens everywhere.
 
 A step computes prompt chunks, decode rows or both. Its work is four numbers:
 
@@ -52,14 +52,21 @@ class DecodeFit(BaseModel):
         return self.fixed + self.per_context * context + self.per_row * batch
 
 
-class LinearLatency(BaseModel):
+class Variation(BaseModel):
+    """How much times of equal work differ: standard deviations over means (``planner.pace``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefill_variation: Coefficient = 0.0  # of single steps
+    decode_variation: Coefficient = 0.0  # of spells of steps
+
+
+class LinearLatency(Variation):
     """Both fits. A mixed step reads the weights once.
 
     Its prompt chunks cost what they cost alone, at least the decode step's fixed part; decode rows
     add their own part. This favours colocation: chunks carry decode rows at no second fixed cost.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["linear"] = "linear"
     prefill: PrefillFit
@@ -82,7 +89,7 @@ class LinearLatency(BaseModel):
         return max(alone, self.decode.fixed) + rows
 
 
-class TableLatency(BaseModel):
+class TableLatency(Variation):
     """Measured points, interpolated linearly, extended past the last by the last slope.
 
     ``prefill[i]`` is the time of ``tokens[i]`` prompt tokens from position 0. ``decode[i][j]`` is
@@ -91,8 +98,6 @@ class TableLatency(BaseModel):
     out. A mixed step costs its chunks, or the smallest decode step if that is more, and what its
     rows cost beyond that smallest step.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["table"] = "table"
     tokens: tuple[int, ...]

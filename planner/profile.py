@@ -37,7 +37,7 @@ class WorkerProfile(BaseModel):
     name: str
     latency: Latency
     kv_tokens: Annotated[int, Field(gt=0)]  # that fit in a worker's KV memory
-    kv_bytes_per_token: Annotated[int, Field(gt=0)]
+    kv_bytes_per_token: Annotated[int, Field(gt=0)]  # that travel
     link: Link
     overhead: Annotated[float, Field(ge=0)] = 0.0  # seconds of a first token beside queue and steps
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from engine.block_pool import BlockPool
 from planner.job import Job
@@ -12,7 +12,7 @@ from planner.profile import WorkerProfile
 from planner.workload import Request
 from protocol.geometry import Fingerprint, KVGeometry
 from protocol.messages import Register, Role, WorkerLoad
-from router.capacity import Demand, uncached_tokens
+from router.capacity import LOOK_AHEAD, MIN_PROMPTS, Demand, uncached_tokens
 from router.disaggregation import Disaggregation
 from router.policy import Pair, PolicyName
 from router.registry import Assignment, Registry
@@ -29,8 +29,8 @@ class Route(Protocol):
     def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
         """The workers' block pools, before the first job."""
 
-    def choose(self, job: Job) -> Workers | None:
-        """The job's workers; None when it must wait for another's end."""
+    def choose(self, job: Job, now: float) -> Workers | None:
+        """The job's workers; None when it must wait in the router, for another's end."""
 
     def prefilled(self, job: Job) -> None:
         """The job has its first token."""
@@ -66,7 +66,7 @@ class RouterPolicy:
         for pool, worker in zip([*prefill, *decode], self._registry.all(), strict=True):
             pool.listeners.append(_Findable(worker.cached.keys))
 
-    def choose(self, job: Job) -> Workers | None:
+    def choose(self, job: Job, now: float) -> Workers | None:
         """See ``Route``."""
         prompt = job.request.prompt_tokens
         num_blocks = (prompt - 1) // self._block_size
@@ -80,7 +80,11 @@ class RouterPolicy:
         for worker in pair.workers:
             to_compute = uncached_tokens(worker, demand) if worker is computes else 0
             assignment = Assignment(
-                prompt, demand.expected_tokens, begun=False, prompt_tokens=to_compute
+                prompt,
+                demand.expected_tokens,
+                begun=False,
+                prompt_tokens=to_compute,
+                prefix=keys if worker is computes else (),
             )
             self._registry.give(worker, str(job.number), assignment)
         return pair.prefill.info.epoch if pair.prefill else None, pair.decode.info.epoch
@@ -92,6 +96,7 @@ class RouterPolicy:
             pair.decode.goes_on(name, job.request.prompt_tokens)
         else:
             pair.prefill.end(name)
+        (pair.prefill or pair.decode).told_cache()
 
     def ended(self, job: Job) -> None:
         """See ``Route``."""
@@ -111,55 +116,138 @@ class _Findable:
         self._keys.discard(hash(block_hash))
 
 
+class Places:
+    """What decode workers hold or were promised, for their whole lengths.
+
+    Which of them have a place is ``router.capacity.takes_sequence``'s rule.
+    """
+
+    def __init__(self, num_workers: int, placement: Placement, profile: WorkerProfile) -> None:
+        self.held = [0] * num_workers  # sequences
+        self._blocks = [0] * num_workers
+        self._max_num_seqs = placement.max_num_seqs
+        self._block_size = placement.block_size
+        self._num_blocks = profile.kv_tokens // placement.block_size
+
+    def has(self, index: int, request: Request) -> bool:
+        """Whether a worker has a slot and KV for another request. Alone there each one fits."""
+        held, blocks = self.held[index], self._blocks[index] + self._needed(request)
+        return held == 0 or (held < self._max_num_seqs and blocks <= self._num_blocks)
+
+    def take(self, index: int, request: Request) -> None:
+        """The request is given to a worker."""
+        self.held[index] += 1
+        self._blocks[index] += self._needed(request)
+
+    def leave(self, index: int, request: Request) -> None:
+        """The worker is done with it."""
+        self.held[index] -= 1
+        self._blocks[index] -= self._needed(request)
+
+    def _needed(self, request: Request) -> int:
+        return -(-(request.prompt_tokens + request.output_tokens) // self._block_size)
+
+
+class Prompts:
+    """What workers have yet to compute. Which of them take another prompt is
+    ``router.capacity.takes_prompt``'s rule, without caches.
+    """
+
+    def __init__(self, num_workers: int, profile: WorkerProfile) -> None:
+        self.tokens = [0] * num_workers
+        self.num = [0] * num_workers
+        self._ahead = LOOK_AHEAD * prefill_rate(profile)
+
+    def taken(self, index: int) -> bool:
+        """Whether a worker takes another one."""
+        return self.num[index] < MIN_PROMPTS or self.tokens[index] < self._ahead
+
+    def add(self, index: int, tokens: int) -> None:
+        """A prompt is given to a worker."""
+        self.num[index] += 1
+        self.tokens[index] += tokens
+
+    def end(self, index: int, tokens: int) -> None:
+        """It is computed."""
+        self.num[index] -= 1
+        self.tokens[index] -= tokens
+
+
 class LeastLoaded:
     """The same rules in linear time: fewest prompt tokens queued, fewest sequences held.
 
     Colocated workers compare by both, in that order.
     """
 
-    def __init__(self, placement: Placement, _: WorkerProfile) -> None:
+    def __init__(self, placement: Placement, profile: WorkerProfile) -> None:
         self._placement = placement
-        self.queued = [0] * placement.prefill  # prompt tokens
-        self._own = [0] * (placement.decode or placement.colocated)  # that decode computes
-        self._held = [0] * (placement.decode or placement.colocated)  # sequences
+        num_decode = placement.decode or placement.colocated
+        self.prompts = Prompts(placement.prefill, profile)
+        self._own = Prompts(num_decode, profile)  # that decode computes
+        self._places = Places(num_decode, placement, profile)
         self._workers: dict[int, Workers] = {}
 
     def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
         """See ``Route``. Caches play no part."""
 
-    def choose(self, job: Job) -> Workers:
+    def choose(self, job: Job, now: float) -> Workers | None:
         """See ``Route``."""
-        prefill = None
-        if self._placement.colocated:
-            loads = list(zip(self._own, self._held, strict=True))
-            decode = loads.index(min(loads))
-        else:
-            decode = self._held.index(min(self._held))
-            if not is_short(job.request, self._placement, self._held[decode], self._own[decode]):
-                prefill = self.prefill_for(job)
-        self._workers[job.number] = prefill, decode
-        self._held[decode] += 1
-        self._queue(job, job.request.prompt_tokens)
-        return prefill, decode
+        chosen = self._colocated(job) if self._placement.colocated else self._pair(job)
+        if chosen is not None:
+            self._workers[job.number] = chosen
+            self._places.take(chosen[1], job.request)
+            prompts, index = self._queue(job)
+            prompts.add(index, job.request.prompt_tokens)
+        return chosen
 
-    def prefill_for(self, job: Job) -> int:
-        """The prefill worker of a pool."""
-        return self.queued.index(min(self.queued))
+    def prefill_for(self, job: Job) -> int | None:
+        """The prefill worker of a pool; None where none takes another prompt."""
+        return _least(self.prompts.tokens, self.prompts.taken)
 
     def prefilled(self, job: Job) -> None:
         """See ``Route``."""
-        self._queue(job, -job.request.prompt_tokens)
+        prompts, index = self._queue(job)
+        prompts.end(index, job.request.prompt_tokens)
 
     def ended(self, job: Job) -> None:
         """See ``Route``."""
-        self._held[self._workers.pop(job.number)[1]] -= 1
+        _, decode = self._workers.pop(job.number)
+        self._places.leave(decode, job.request)
 
-    def _queue(self, job: Job, tokens: int) -> None:
+    def _colocated(self, job: Job) -> Workers | None:
+        loads = list(zip(self._own.tokens, self._places.held, strict=True))
+        worker = _least(
+            loads, lambda index: self._own.taken(index) and self._places.has(index, job.request)
+        )
+        return None if worker is None else (None, worker)
+
+    def _pair(self, job: Job) -> Workers | None:
+        held = self._places.held
+        decode = _least(held, lambda index: self._places.has(index, job.request))
+        if decode is None:
+            return None
+        if is_short(job.request, self._placement, held[decode], self._own.tokens[decode]):
+            return None, decode
+        prefill = self.prefill_for(job)
+        return None if prefill is None else (prefill, decode)
+
+    def _queue(self, job: Job) -> tuple[Prompts, int]:
+        """Where the job's prompt is, or is to be, computed."""
         prefill, decode = self._workers[job.number]
-        if prefill is None:
-            self._own[decode] += tokens
-        else:
-            self.queued[prefill] += tokens
+        return (self._own, decode) if prefill is None else (self.prompts, prefill)
+
+
+def _least(loads: Sequence[Any], free: Callable[[int], bool]) -> int | None:
+    """The worker of the smallest load; only if that one is not free, the least loaded that is."""
+    best: int = loads.index(min(loads))
+    if free(best):
+        return best
+    return min(filter(free, range(len(loads))), key=loads.__getitem__, default=None)
+
+
+def prefill_rate(profile: WorkerProfile) -> float:
+    """Prompt tokens a second."""
+    return LONG_PROMPT / profile.latency.step_seconds(LONG_PROMPT, LONG_PROMPT**2, 0, 0)
 
 
 def is_short(request: Request, placement: Placement, held: int, own_tokens: int) -> bool:
@@ -175,7 +263,6 @@ def is_short(request: Request, placement: Placement, held: int, own_tokens: int)
 def _registration(role: Role, index: int, placement: Placement, profile: WorkerProfile) -> Register:
     size = placement.block_size
     blocks = profile.kv_tokens // size
-    seconds = profile.latency.step_seconds(LONG_PROMPT, LONG_PROMPT**2, 0, 0)
     geometry = KVGeometry(
         num_kv_heads=1, num_layers=1, block_size=size, head_dim=1, dtype="float32"
     )
@@ -183,7 +270,7 @@ def _registration(role: Role, index: int, placement: Placement, profile: WorkerP
         free_blocks=blocks,
         total_blocks=blocks,
         max_num_seqs=placement.max_num_seqs,
-        prefill_tokens_per_second=LONG_PROMPT / seconds,
+        prefill_tokens_per_second=prefill_rate(profile),
     )
     return Register(
         worker_id=f"{role}-{index}",

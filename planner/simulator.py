@@ -22,6 +22,7 @@ from planner.clock import Clock
 from planner.decoding import LeapingDecode, ScheduledDecode
 from planner.job import Job, new_job, warm
 from planner.outcome import Outcome
+from planner.pace import Pace
 from planner.placement import Placement
 from planner.profile import WorkerProfile
 from planner.routing import LeastLoaded, Route, RouterPolicy, Workers
@@ -77,6 +78,7 @@ class _Simulation:
         self._unplaced: deque[Job] = deque()  # wait in the router
         self._where: dict[int, Workers] = {}
         make = ScheduledDecode if detail == "exact" else LeapingDecode
+        seeds = count()
 
         def worker(*, prefill: bool, decode: bool) -> SimulatedWorker:
             pool = BlockPool(profile.kv_tokens // placement.block_size, placement.block_size)
@@ -84,6 +86,7 @@ class _Simulation:
                 self._clock,
                 profile.latency,
                 placement,
+                Pace(profile.latency, seed=next(seeds)),
                 prefill=_prefill_scheduler(pool, placement) if prefill else None,
                 decode=make(pool, placement, self._outcome.itl) if decode else None,
                 offer=self._offer,
@@ -121,7 +124,7 @@ class _Simulation:
 
     def _place(self) -> None:
         while self._unplaced:
-            chosen = self._route.choose(self._unplaced[0])
+            chosen = self._route.choose(self._unplaced[0], self._clock.now)
             if chosen is None:
                 return
             job = self._unplaced.popleft()
@@ -155,9 +158,13 @@ class _Simulation:
         assert decode is not None
         while pending and decode.reserve(pending[0]):
             job = pending.popleft()
+            job.granted = True
             self._computing(job).grant(job)
+            if job.last_chunk:  # prefill was ahead
+                self._ship(job)
 
     def _prefilled(self, job: Job, last_chunk: int) -> None:
+        job.last_chunk = last_chunk
         self._route.prefilled(job)
         self._outcome.prompt_tokens += job.request.prompt_tokens
         self._outcome.cached_tokens += job.sequence.num_cached
@@ -169,25 +176,25 @@ class _Simulation:
             half = self._decode[decode].decode
             assert half is not None
             half.add(job)
-        else:
-            arrived = self._transfer(prefill, job, last_chunk)
-            self._clock.at(arrived, lambda: self._hand_over(job))
+        elif job.granted:
+            self._ship(job)
         self._place()
 
-    def _transfer(self, prefill: int, job: Job, last_chunk: int) -> float:
-        """When the KV has arrived: blocks travel from the first chunk's end, one after another.
-
-        What decode has cached stays; the last chunk can travel only now.
+    def _ship(self, job: Job) -> None:
+        """Hand over when the KV has arrived: blocks travel one after another from the first
+        chunk's end. What decode has cached stays; the last chunk can travel only now.
         """
+        prefill, _ = self._where[job.number]
+        assert prefill is not None
         link, now = self._profile.link, self._clock.now
         second_per_token = self._profile.kv_bytes_per_token / link.bytes_per_second
         moved = job.request.prompt_tokens - job.kv.num_cached
         began = max(job.first_chunk, self._link_free[prefill])
         sent = max(
-            began + moved * second_per_token, now + min(last_chunk, moved) * second_per_token
+            began + moved * second_per_token, now + min(job.last_chunk, moved) * second_per_token
         )
         self._link_free[prefill] = sent
-        return sent + link.delay(job.number)
+        self._clock.at(sent + link.delay(job.number), lambda: self._hand_over(job))
 
     def _hand_over(self, job: Job) -> None:
         self._release(job)

@@ -4,6 +4,9 @@ Answered within about a second, so that a slider can be turned: ``NUM_REQUESTS``
 that came last or all of them again and again, are simulated for the percentiles, and for each
 point of the curve over the rate as many as the time allows. The present pools at the present rate
 are predicted as well, beside what was measured: that tells how far the model may be trusted.
+
+Beyond its capacity a placement's queue grows without end, and what a simulation finds there depends
+on when it stops. So nothing is simulated there: in the long run no request keeps its TTFT.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from planner.simulator import simulate
 from planner.workload import Request, at_rate, rate_of
 
 NUM_REQUESTS = 500  # of a simulation for percentiles
-CURVE_REQUESTS = range(60, 300)  # of each point of the curve
+CURVE_REQUESTS = range(200, NUM_REQUESTS)  # of each point of the curve
 CURVE_POINTS = 8
 BEYOND = 1.25  # the curve's last rate, over what the pools could carry at most
 CONFIDENCE = 1.96  # standard errors of 95 %
@@ -31,8 +34,12 @@ FIT = 1.5  # factor by which a prediction may be off and still guide
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How requests fare. Times in seconds by percentile; None where there is none."""
+    """How requests fare in the long run. Times in seconds by percentile; None: there is none.
 
+    ``beyond_capacity``: TTFT grows without end, and no request keeps it.
+    """
+
+    beyond_capacity: bool
     ttft: dict[str, float | None]
     tpot: dict[str, float | None]
     attainment: float  # share within both deadlines
@@ -41,7 +48,10 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Goodput at a rate, of the present pools and of those asked about. Requests a second."""
+    """Goodput at a rate, of the present pools and of those asked about. Requests a second.
+
+    0 beyond their capacity.
+    """
 
     rate: float
     present: float
@@ -92,8 +102,8 @@ def answer(
     measured_rate = rate_of(requests)
     rate = measured_rate * rate_factor
     begun = time.perf_counter()
-    after = asked.outcome(rate, NUM_REQUESTS)
-    before = present.outcome(measured_rate, NUM_REQUESTS)
+    after = asked.outcome(min(rate, asked.capacity), NUM_REQUESTS)
+    before = present.outcome(min(measured_rate, present.capacity), NUM_REQUESTS)
     each = (time.perf_counter() - begun) / (2 * NUM_REQUESTS)
     fitting = int((deadline - time.perf_counter()) / each / (2 * CURVE_POINTS))
     num = min(max(fitting, CURVE_REQUESTS.start), CURVE_REQUESTS.stop)
@@ -108,10 +118,10 @@ def answer(
         measured_rate=measured_rate,
         num_observed=len(rows),
         num_simulated=NUM_REQUESTS,
-        margin=_margin(after.attainment(slo)),
+        margin=_margin(after.attainment(slo)) if rate <= asked.capacity else 0.0,
         present_pools=(placement.prefill, placement.decode or placement.colocated),
         capacity=asked.capacity,
-        measured=_view(outcome_of(rows), measured_rate, slo),
+        measured=_view(outcome_of(rows), measured_rate, slo, beyond_capacity=False),
         present=present.view(before, measured_rate),
         fits=fits(outcome_of(rows), before),
         asked=asked.view(after, rate),
@@ -137,34 +147,37 @@ class _Pools:
         return simulate(requests, self.placement, self._profile)
 
     def goodput(self, rate: float, num: int) -> float:
-        """Requests a second within both deadlines.
-
-        Simulated requests are too few to show a queue that grows without end: capacity bounds it.
-        """
-        return self.outcome(rate, num).attainment(self._slo) * min(rate, self.capacity)
+        """Requests a second within both deadlines."""
+        if rate > self.capacity:
+            return 0.0
+        return rate * self.outcome(rate, num).attainment(self._slo)
 
     def view(self, outcome: Outcome, rate: float) -> View:
-        """How the requests of a run fared."""
-        return _view(outcome, min(rate, self.capacity), self._slo)
+        """How the requests of a run fared at ``rate``, or at capacity if that is less."""
+        return _view(outcome, rate, self._slo, beyond_capacity=rate > self.capacity)
 
 
 def capacity(requests: Sequence[Request], placement: Placement, profile: WorkerProfile) -> float:
-    """Requests a second that a placement could compute at most, all steps full: a bound.
+    """Requests a second that a placement can compute, all steps full.
 
-    A colocated worker's steps carry chunks and rows, and read the weights once for both.
+    A colocated worker's steps carry chunks and rows, and read the weights once for both. A row of
+    a decode step is of a request with the chance of its share of all rows, so long ones weigh more.
     """
     seconds = profile.latency.step_seconds
-    prompt, output, to_prefill = 0.0, 0.0, 0.0  # means of a request
+    output, to_prefill = 0.0, 0.0  # means of a request
+    held, context = 0.0, 0.0  # tokens of a row: reserved for its request, and read
     for request in requests:
         length, cached = request.prompt_tokens, request.cached_tokens
         tokens, squares = max(1, length - cached), length**2 - cached**2
         together = max(1, placement.max_num_batched_tokens // tokens)
-        prompt += length / len(requests)
-        output += request.output_tokens / len(requests)
+        rows = request.output_tokens / len(requests)
+        output += rows
+        held += rows * (length + request.output_tokens)
+        context += rows * (length + request.output_tokens / 2)
         step = seconds(together * tokens, together * squares, 0, 0)
         to_prefill += step / together / len(requests)
-    batch = max(1, min(placement.max_num_seqs, int(profile.kv_tokens / (prompt + output))))
-    context = batch * (prompt + output / 2)
+    batch = max(1, min(placement.max_num_seqs, int(profile.kv_tokens * output / held)))
+    context *= batch / output
     step = seconds(0, 0, batch, context)
     to_decode = output * step / batch
     if placement.colocated:
@@ -187,13 +200,16 @@ def _margin(attainment: float) -> float:
     return CONFIDENCE * math.sqrt(share * (1 - share) / num)
 
 
-def _view(outcome: Outcome, rate: float, slo: Slo) -> View:
-    attainment = outcome.attainment(slo)
+def _view(outcome: Outcome, rate: float, slo: Slo, *, beyond_capacity: bool) -> View:
+    attainment = 0.0 if beyond_capacity else outcome.attainment(slo)
     figures = {
         name: None if math.isnan(value) else value for name, value in outcome.figures().items()
     }
+    if beyond_capacity:
+        figures |= dict.fromkeys(("ttft_p50", "ttft_p90", "ttft_p99"))
 
     def percentiles(name: str) -> dict[str, float | None]:
         return {f"p{percent}": figures[f"{name}_p{percent}"] for percent in (50, 90, 99)}
 
-    return View(percentiles("ttft"), percentiles("tpot"), attainment, rate * attainment)
+    ttft, tpot = percentiles("ttft"), percentiles("tpot")
+    return View(beyond_capacity, ttft, tpot, attainment, rate * attainment)

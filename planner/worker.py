@@ -17,6 +17,7 @@ from planner.clock import Clock
 from planner.decoding import Decode, DecodeWork
 from planner.job import Job
 from planner.latency import LinearLatency, TableLatency
+from planner.pace import Pace
 from planner.placement import Placement
 from prefill.scheduler import PrefillScheduler
 
@@ -32,6 +33,7 @@ class SimulatedWorker:
         clock: Clock,
         latency: LinearLatency | TableLatency,
         placement: Placement,
+        pace: Pace,
         *,
         prefill: PrefillScheduler | None = None,
         decode: Decode | None = None,
@@ -43,6 +45,7 @@ class SimulatedWorker:
         self.decode = decode
         self._clock = clock
         self._latency = latency
+        self._pace = pace
         self._budget = placement.max_num_batched_tokens
         self._offer, self._prefilled, self._ended = offer, prefilled, ended
         self._jobs: dict[str, Job] = {}  # in prefill
@@ -88,20 +91,22 @@ class SimulatedWorker:
             self._busy = False
             return
         self._started = self._clock.now
-        self._steps = 1 if self._chunks.rows else work.max_steps
+        prompts = bool(self._chunks.rows or work.tokens)
+        self._steps = self._pace.begin(prompts, 1 if self._chunks.rows else work.max_steps)
         self._end_after(self._steps)
 
     def _next_chunks(self, taken: int) -> Batch:
         """The prompt chunks of the next step; ``taken`` tokens of it are decode's."""
         if self.prefill is None:
             return Batch(())
+        self.prefill.max_num_batched_tokens = prompt_budget(self._budget, taken)
+        batch = self.prefill.schedule()
         for sequence in list(self.prefill.prompts_to_offer()):
             job = self._jobs[sequence.request_id]
             if not job.asked:
                 job.asked = True
                 self._offer(job)
-        self.prefill.max_num_batched_tokens = prompt_budget(self._budget, taken)
-        return self.prefill.schedule()
+        return batch if batch.rows else self.prefill.schedule()  # a grant may have come at once
 
     def _seconds(self, steps: int) -> float:
         """The time of ``steps`` steps of the present work, by their mean context."""
@@ -111,7 +116,8 @@ class SimulatedWorker:
             squares += row.end**2 - row.start**2
         batch = self._work.batch
         context = self._work.context + batch * (steps - 1) / 2
-        return steps * self._latency.step_seconds(tokens, squares, batch, context)
+        mean = self._latency.step_seconds(tokens, squares, batch, context)
+        return steps * mean * self._pace.factor
 
     def _cut_short(self) -> None:
         """End the run with the step that is under way at this moment."""
@@ -136,6 +142,7 @@ class SimulatedWorker:
         if run != self._run:
             return
         now, steps, self._steps = self._clock.now, self._steps, 0
+        self._pace.end(steps)
         if self.decode is not None:
             for job in self.decode.end(steps, self._started, now):
                 self._ended(job)

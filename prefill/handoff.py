@@ -1,14 +1,15 @@
 """Hand-offs from prefill's side: a pure state machine, one lease per request.
 
     QUEUED ──Ask──> ASKED ──Granted──> SHIPPING ──Computed (first token)──> DRAINING
-                                                                               │ last Shipped
-       any state ──Cancelled, Refused, ShipFailed, deadline──> gone            v
+                      │                                                     ^  │ last Shipped
+                      └──Computed (first token)──> AHEAD ──Granted──────────┘  v
                                                        gone <──Accepted── OFFERED
+       any state ──Cancelled, Refused, ShipFailed, deadline──> gone
 
 An event goes in, actions come out; the clock is passed in, nothing is sent or awaited here.
 ``TRANSITIONS`` names what every event does in every state.
-What decode leaves unanswered (ASKED, OFFERED) is said again: a link may lose a message when its
-connection breaks, and decode answers a repetition as it answered before.
+What decode leaves unanswered (ASKED, AHEAD, OFFERED) is said again: a link may lose a message
+when its connection breaks, and decode answers a repetition as it answered before.
 While a prompt computes the scheduler owns its blocks; from the first token on the lease does.
 Every batch of blocks under way holds references of its own, so a block is never reused while
 the transport may still read it, whatever becomes of the request.
@@ -142,13 +143,15 @@ class Handoffs:
         # Decode workers number their grants at random, each on its own.
         if grant.grant_id in self._grant_ids_in_use():
             wrong = f"grant id {grant.grant_id} is in use by another request"
-        lease.state, lease.grant = LeaseState.SHIPPING, grant
         if wrong is not None:
             return self._fail(lease, ProtocolError.code, f"the grant does not fit: {wrong}")
+        lease.grant = grant
+        if lease.state is LeaseState.AHEAD:
+            return [Allow(lease.request_id), *self._drain(lease, now)]
+        lease.state = LeaseState.SHIPPING
         return [Allow(lease.request_id), *self._ship(lease)]
 
     def _refused(self, lease: Lease, refusal: GrantRefused, now: float) -> list[Action]:
-        lease.state = LeaseState.QUEUED  # there is nothing to revoke
         return self._fail(lease, refusal.code, refusal.message)
 
     def _computed(self, lease: Lease, event: Computed, now: float) -> list[Action]:
@@ -159,8 +162,10 @@ class Handoffs:
             lease.state = LeaseState.DRAINING
             self._end(lease)
             return revoke
-        lease.state = LeaseState.DRAINING
-        return [*self._ship(lease), *self._offer(lease, now)]
+        if lease.grant is None:
+            lease.state = LeaseState.AHEAD
+            return []
+        return self._drain(lease, now)
 
     def _shipped(self, lease: Lease, event: Shipped, now: float) -> list[Action]:
         lease.digests.update(enumerate(event.digests, start=event.first))
@@ -212,6 +217,11 @@ class Handoffs:
         self._under_way[lease.grant.grant_id, first] = source
         return [Ship(lease.decode, lease.grant.grant_id, first, source, destination)]
 
+    def _drain(self, lease: Lease, now: float) -> list[Action]:
+        """All is computed, and decode has room for it: send the rest."""
+        lease.state = LeaseState.DRAINING
+        return [*self._ship(lease), *self._offer(lease, now)]
+
     def _offer(self, lease: Lease, now: float) -> list[Action]:
         """Hand off once every block is sent and its digest known."""
         grant = lease.grant
@@ -229,8 +239,7 @@ class Handoffs:
 
     def _fail(self, lease: Lease, code: str, message: str) -> list[Action]:
         failed = RequestFailed(request_id=lease.request_id, code=code, message=message)
-        report = Report(lease.router_id, failed)
-        return [*self._drop(lease), report]
+        return [*self._drop(lease), Report(lease.router_id, failed)]
 
     def _drop(self, lease: Lease) -> list[Action]:
         revoke = self._revoke(lease)
@@ -281,6 +290,12 @@ TRANSITIONS: Mapping[LeaseState | None, Mapping[type[Event | Answer], Transition
         **_WITH_A_LEASE,
         Ask: Handoffs._ignore,
         Computed: Handoffs._computed,
+        Grant: Handoffs._granted,
+        GrantRefused: Handoffs._refused,
+        Tick: Handoffs._expire_or_repeat,
+    },
+    LeaseState.AHEAD: {
+        **_WITH_A_LEASE,
         Grant: Handoffs._granted,
         GrantRefused: Handoffs._refused,
         Tick: Handoffs._expire_or_repeat,

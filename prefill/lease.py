@@ -18,6 +18,7 @@ class LeaseState(Enum):
 
     QUEUED = auto()
     ASKED = auto()
+    AHEAD = auto()
     SHIPPING = auto()
     DRAINING = auto()
     OFFERED = auto()
@@ -46,7 +47,7 @@ class Lease:
     @property
     def owns_blocks(self) -> bool:
         """Whether the sequence's blocks are the lease's; before, they are the scheduler's."""
-        return self.state in (LeaseState.DRAINING, LeaseState.OFFERED)
+        return self.state in (LeaseState.AHEAD, LeaseState.DRAINING, LeaseState.OFFERED)
 
     def enter(self, state: LeaseState, now: float) -> None:
         """Go on to a state in which decode owes an answer."""
@@ -61,7 +62,7 @@ class Lease:
                 request_id=self.request_id,
                 router_id=self.router_id,
                 epoch=self.decode.epoch,
-                token_ids=sequence.token_ids,
+                token_ids=sequence.token_ids[: sequence.num_given_tokens],
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 sampling=sequence.sampling,
                 cache_salt=sequence.cache_salt,

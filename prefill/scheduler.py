@@ -4,8 +4,10 @@ A prompt waits until the pool has blocks for all of it, so a running one never l
 What waits starts by priority, then in the order of arrival; ``engine.chunks`` says how those that
 run share a step, and there a priority counts no more: nobody holds memory and starves.
 
-A prompt's last ``ask_ahead`` tokens are computed only under a grant, so that prefill never
-outruns decode; ``prompts_to_offer`` names those whose grant should be asked for now.
+The grant for a prompt's last ``ask_ahead`` tokens is asked for (``prompts_to_offer``) when they are
+next, and is under way while the step computes that begins then: one step may go ahead of grants,
+the next one only when all of those have come. So prefill never outruns decode by more than
+``max_num_batched_tokens``, and a prompt does not wait for an answer that takes less than a step.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class PrefillScheduler:
         # Asked before a prompt gets blocks: one that may not start yet is passed over.
         self.may_start: Callable[[Sequence], bool] = lambda _: True
         self._granted: set[str] = set()
+        self._ahead: dict[str, Sequence] = {}  # computed, at least in part, before their grants
         self._step = Step(pool)
         self._arrivals = count()
 
@@ -62,16 +65,18 @@ class PrefillScheduler:
         insort(self.waiting, sequence, key=attrgetter("turn"))
 
     def grant(self, request_id: str) -> None:
-        """Decode has reserved room: the prompt may be finished."""
-        self._granted.add(request_id)
+        """Decode has reserved room: the prompt may be finished, if it is not."""
+        ahead = self._ahead.pop(request_id, None)
+        if ahead is None or ahead in self.running:
+            self._granted.add(request_id)
 
     def prompts_to_offer(self) -> Iterator[Sequence]:
-        """Running prompts without a grant whose remainder is at most ``ask_ahead`` tokens."""
+        """Running prompts without a grant whose remainder is at most ``ask_ahead`` tokens.
+
+        To be asked after ``schedule``, which may begin a step ahead of their grants.
+        """
         self._start_waiting()
-        for sequence in self.running:
-            remaining = sequence.num_tokens - sequence.num_computed
-            if sequence.request_id not in self._granted and remaining <= self.ask_ahead:
-                yield sequence
+        yield from filter(self._needs_grant, self.running)
 
     def schedule(self) -> Batch:
         """The next step's rows; empty when nothing may run."""
@@ -80,7 +85,10 @@ class PrefillScheduler:
             self.pool.adopt(sequence)
         ready = {s: tokens for s in self.running if (tokens := self._computable(s)) > 0}
         given = chunks(ready, self.max_num_batched_tokens, self.pool.block_size)
-        return self._step.begin([BatchRow(s, s.num_computed, n) for s, n in given.items() if n > 0])
+        rows = [BatchRow(s, s.num_computed, n) for s, n in given.items() if n > 0]
+        needy = (row.sequence for row in rows if self._needs_grant(row.sequence))
+        self._ahead |= {sequence.request_id: sequence for sequence in needy}
+        return self._step.begin(rows)
 
     def commit(self, token_ids: list[int]) -> list[tuple[Sequence, int | None]]:
         """Record the step that has run: each sequence in it and the first token it sampled.
@@ -93,11 +101,17 @@ class PrefillScheduler:
             if token_id is not None:
                 self.running.remove(sequence)
                 self._granted.discard(sequence.request_id)
+                if sequence.finish_reason() is not None:  # decode is not needed
+                    self._ahead.pop(sequence.request_id, None)
         return outcome
 
     def cancel(self, request_id: str) -> None:
-        """Drop a prompt. One in the running step gives up its blocks when that step ends."""
+        """Drop a prompt. One in the running step gives up its blocks when that step ends.
+
+        One that has left already and still waits for its grant is forgotten.
+        """
         self._granted.discard(request_id)
+        self._ahead.pop(request_id, None)
         for queue in (self.waiting, self.running):
             for sequence in queue:
                 if sequence.request_id == request_id:
@@ -120,8 +134,13 @@ class PrefillScheduler:
             self.waiting.remove(sequence)
             self.running.append(sequence)
 
+    def _needs_grant(self, sequence: Sequence) -> bool:
+        """Whether what remains of a running prompt is to be computed only under a grant."""
+        remaining = sequence.num_tokens - sequence.num_computed
+        return sequence.request_id not in self._granted and remaining <= self.ask_ahead
+
     def _computable(self, sequence: Sequence) -> int:
         remaining = sequence.num_tokens - sequence.num_computed
-        if sequence.request_id in self._granted:
-            return remaining
-        return max(0, remaining - self.ask_ahead)
+        if self._needs_grant(sequence):
+            return 0 if self._ahead else remaining
+        return remaining if sequence.request_id in self._granted else remaining - self.ask_ahead

@@ -198,20 +198,21 @@ class PrefillWorker:
 
     async def _steps(self) -> None:
         while True:
-            for sequence in list(self._scheduler.prompts_to_offer()):
-                self._metrics.asked(sequence.request_id)
-                self._handle(Ask(sequence.request_id))
+            self._wake.clear()
             batch = self._scheduler.schedule()
-            if not batch.rows:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
+            began = time.monotonic()
+            step = self._engine.run(batch) if batch.rows else None
             for row in batch.rows:
                 self._metrics.started(row.sequence.request_id)
-            began = time.monotonic()
-            output = await self._engine.run(batch)
-            self._rate.add(batch.num_tokens, time.monotonic() - began)
-            self._commit(output)
+            for sequence in list(self._scheduler.prompts_to_offer()):  # while the engine computes
+                self._metrics.asked(sequence.request_id)
+                self._handle(Ask(sequence.request_id))
+            if step is not None:
+                output = await step
+                self._rate.add(batch.num_tokens, time.monotonic() - began)
+                self._commit(output)
+            else:
+                await self._wake.wait()
 
     def _commit(self, output: StepOutput) -> None:
         for request_id, failure in output.failures.items():

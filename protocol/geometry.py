@@ -12,11 +12,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 KVDtype = Literal["float32", "bfloat16", "float16"]
 WireQuantization = Literal["none", "int8", "fp8"]
 DTYPE_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+SCALE_BYTES = 4  # of a quantised head_dim of keys or of values
 
 
 class KVGeometry(BaseModel):
@@ -38,8 +39,17 @@ class KVGeometry(BaseModel):
     @property
     def row_bytes(self) -> int:
         """Bytes of one block."""
-        elements = self.num_kv_heads * self.num_layers * 2 * self.block_size * self.head_dim
-        return elements * DTYPE_BYTES[self.dtype]
+        return self._num_vectors * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def quantized_row_bytes(self) -> int:
+        """Bytes of one block in 8 bits, the layout of ``kernels.wire_quantization``."""
+        return self._num_vectors * (self.head_dim + SCALE_BYTES)
+
+    @property
+    def _num_vectors(self) -> int:
+        """Keys and values of a block, each of ``head_dim`` elements."""
+        return self.num_kv_heads * self.num_layers * 2 * self.block_size
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens."""
@@ -56,6 +66,12 @@ class Fingerprint(BaseModel):
     rope: str  # canonical text of the rotary embedding's parameters
     geometry: KVGeometry
     wire_quantization: WireQuantization = "none"  # of KV in messages
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of one block in a message."""
+        quantized = self.wire_quantization != "none"
+        return self.geometry.quantized_row_bytes if quantized else self.geometry.row_bytes
 
     @cached_property
     def block_salt(self) -> bytes:

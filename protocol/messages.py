@@ -56,12 +56,14 @@ class Message(BaseModel):
 class StepSums(Message):
     """Sums over a worker's steps of one kind, older ones forgotten, for ``engine.step_sums``.
 
-    x is a step's work, three numbers, and y its seconds, both divided by the step's scale.
+    x is the work of a step, or of several that are told as one, three numbers, and y its seconds,
+    both divided by a scale.
     """
 
-    count: float = 0.0
+    count: float = 0.0  # steps
     products: tuple[float, ...] = (0.0,) * 6  # of x·xᵀ, the upper triangle row by row
     totals: tuple[float, ...] = (0.0,) * 3  # of x·y
+    squares: float = 0.0  # of y·y
 
 
 class WorkerLoad(Message):

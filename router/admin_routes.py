@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from router.access import Access
 from router.activity import SHORTEST, Objective
+from router.autopilot_routes import autopilot_routes
 from router.generation import Generator
 from router.metrics import RouterMetrics
 from router.pool_routes import pool_changes, pool_routes
@@ -30,6 +31,7 @@ def admin_routes(
     """Everything under ``/admin``. Who may read is for the caller to guard."""
     routes = APIRouter(prefix="/admin")
     routes.include_router(what_if_routes(generator, metrics.workload, predict))
+    routes.include_router(autopilot_routes(access))
     routes.include_router(pool_routes(generator))
     routes.include_router(pool_changes(generator), dependencies=[Depends(access.change)])
 

@@ -45,9 +45,9 @@ class Attempts:
                 start.demand.expected_tokens,
                 begun=worker is computes,
                 prompt_tokens=uncached_tokens(worker, start.demand) if worker is computes else 0,
+                prefix=running.prompt(worker.info.fingerprint) if worker is computes else (),
             )
             self._members.registry.give(worker, attempt_id, assignment)
-        computes.cached.expect(running.prompt(computes.info.fingerprint))
         message = self._message(running, pair.decode if pair.prefill else None)
         if not self._members.send(computes, message):
             self._members.lose(computes, "it cannot be reached")

@@ -47,7 +47,6 @@ class CacheDirectory:
         if assignment is not None:
             self._predicted.inc(assignment.num_tokens - assignment.prompt_tokens)
             self._found.inc(first.num_cached_tokens)
-        computes.cached.expect(running.prompt(computes.info.fingerprint))
         if first.finish_reason is None:  # the KV is on its way to decode
             decode = running.pair.decode
             decode.cached.expect(running.prompt(decode.info.fingerprint))

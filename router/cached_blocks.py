@@ -22,13 +22,14 @@ PrefixKeys = Callable[[Fingerprint], Sequence[int]]
 class CachedBlocks:
     """The keys of one worker's findable blocks.
 
-    ``keys`` are as of the worker's last report. What the router gave it to compute since then
-    counts too: a chat's next turn, or a prompt that begins alike, may come before the next report.
+    ``keys`` are as of the worker's last report. What the router gave it to compute counts too,
+    from the dispatch on until a report tells of it: a chat's next turn, or a prompt that begins
+    alike, may come before that.
     """
 
     def __init__(self) -> None:
         self.keys: set[int] = set()
-        self._expected: set[int] = set()  # since the last report
+        self._expected: set[int] = set()  # that no report has told of
         self._next = 0  # number of the message to come; 0: a snapshot
 
     def apply(self, message: CacheChanges) -> bool:
@@ -46,9 +47,9 @@ class CachedBlocks:
         """The worker computes these blocks, or has, and is yet to tell."""
         self._expected.update(keys)
 
-    def reported(self) -> None:
-        """The worker has told of everything that it did up to now."""
-        self._expected.clear()
+    def reported(self, under_way: Iterable[Iterable[int]]) -> None:
+        """The worker has told of everything that it did up to now; ``under_way`` is yet to come."""
+        self._expected = set().union(*under_way)
 
     def leading(self, keys: Sequence[int]) -> int:
         """How many of ``keys``, from the first on, are here."""

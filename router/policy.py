@@ -27,6 +27,7 @@ from router.capacity import (
 )
 from router.registry import Registry, Worker
 
+OTHERS = 0.5  # tokens that each token to compute costs those who come next
 SPREAD = 1.25  # times the mean of sequences that a decode worker may hold and still be preferred
 SLACK = 3  # sequences more, of a prompt all of which it holds: chats come in any order
 
@@ -92,13 +93,14 @@ def of_two(score: Score) -> Score:
 def by_completion(_: Sequence[Worker], demand: Demand) -> Key:
     """The earliest end of the prompt: what is queued, then what is not cached of the prompt itself.
 
-    In tokens, since the workers of a pool are equally fast. A cached prefix is worth as much queue
-    as computing it takes, so affinity ends where waiting would take longer.
+    In tokens, since the workers of a pool are equally fast. What is computed also delays whoever
+    comes next, so a cached prefix is worth ``1 + OTHERS`` times as much queue as computing it
+    takes: prompts that begin alike and come at once go together, until that takes so much longer.
     """
 
     def key(worker: Worker) -> tuple[float, ...]:
         uncached = uncached_tokens(worker, demand)
-        return queued_tokens(worker) + uncached, uncached
+        return queued_tokens(worker) + (1 + OTHERS) * uncached, uncached
 
     return key
 
@@ -106,8 +108,8 @@ def by_completion(_: Sequence[Worker], demand: Demand) -> Key:
 def by_transfer(pool: Sequence[Worker], demand: Demand) -> Key:
     """The least KV to move, among workers with few enough sequences; else the fewest sequences.
 
-    Few enough is ``SPREAD`` times the mean and ``SLACK`` times the share of the prompt that the
-    worker holds: a beginning that all prompts have in common draws nobody. Consistent hashing with
+    Few enough is ``SPREAD`` times the mean and ``SLACK`` times the square of the share of the
+    prompt that the worker holds: a beginning that all prompts have in common draws nobody. Consistent hashing with
     bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018), where the cache decides in place of a
     hash.
     """
@@ -116,8 +118,8 @@ def by_transfer(pool: Sequence[Worker], demand: Demand) -> Key:
     def key(worker: Worker) -> tuple[float, ...]:
         held, uncached = held_sequences(worker), uncached_tokens(worker, demand)
         share = 1 - uncached / demand.num_tokens
-        over = held + 1 > SPREAD * mean + SLACK * share
-        return over, 0 if over else uncached, held, uncached, -free_blocks(worker)
+        over = held + 1 > SPREAD * mean + SLACK * share**2
+        return over, 0 if over else uncached, held, -free_blocks(worker)
 
     return key
 

@@ -6,6 +6,7 @@ dies with its epoch, or with its session: when it has dropped the router's work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ class Assignment:
     expected_tokens: int  # in the end
     begun: bool  # it takes room on the worker
     prompt_tokens: int = 0  # that the worker computes and has not cached, until its first token
+    prefix: Sequence[int] = ()  # keys of the blocks that it will have cached then
     reported: bool = False  # and the worker's load includes it
     taken_blocks: int = 0  # by the worker's load
     coming_blocks: int = 0  # promised beside those
@@ -78,7 +80,7 @@ class Worker:
     def report(self, load: WorkerLoad) -> None:
         """The worker has told its load."""
         self.load, self.full, self.returned_blocks = load, False, 0
-        self.cached.reported()
+        self.told_cache()
         self.foreign_sequences = max(0, load.num_promised - len(self.assigned))
         # Workers report prompts that wait as a whole: what is cached shows when they start.
         prompts = (a for a in self.assigned.values() if a.prompt_tokens)
@@ -90,9 +92,14 @@ class Worker:
             self._promise(assignment)
             self._count(assignment, 1)
 
+    def told_cache(self) -> None:
+        """The worker has told of all blocks that it has by now."""
+        self.cached.reported(a.prefix for a in self.assigned.values())
+
     def give(self, attempt_id: str, assignment: Assignment) -> None:
         """It is given an attempt, which counts from now on."""
         self.assigned[attempt_id] = assignment
+        self.cached.expect(assignment.prefix)
         self._promise(assignment)
         self._count(assignment, 1)
 
@@ -104,7 +111,7 @@ class Worker:
         assignment.num_tokens, assignment.begun = num_tokens, True
         if assignment.prompt_tokens:
             self._count(assignment, -1)
-            assignment.prompt_tokens = 0
+            assignment.prompt_tokens, assignment.prefix = 0, ()
             self._count(assignment, 1)
 
     def end(self, attempt_id: str) -> None:
@@ -146,6 +153,7 @@ class Worker:
             "transport": info.transport,
             "block_size": info.fingerprint.geometry.block_size,
             "block_bytes": info.fingerprint.geometry.row_bytes,
+            "block_wire_bytes": info.fingerprint.wire_bytes,
             "requests": len(self.assigned),
             "cached_blocks": len(self.cached.keys),
             "load": self.load.model_dump(),

@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cli import autopilot
-from cli.autopilot_journal import REMEMBERED, Journal, Mode
+from cli.autopilot import Mode
+from cli.autopilot_journal import REMEMBERED, Journal
 from cli.main import app
 from cli.scaling import Scale, by_command
 from planner.autopilot_terms import Decision, Limits, Pools
@@ -20,6 +21,7 @@ from planner.latency import LinearLatency
 from planner.outcome import Slo
 from protocol.errors import KvferryError
 from protocol.messages import WorkerLoad
+from router.autopilot_routes import AutopilotReport
 from tests.planner.profiles import profile, timed
 
 LIMITS = Limits(Slo(ttft=1.0, tpot=0.1), cool_down=1e-6, forecast_every=1e-6)
@@ -32,6 +34,8 @@ class Router:
         self.posted: list[Any] = []
         self.disaggregation = {"mode": "always", "longest_local_prompt": 0}
         self.reachable = True
+        self.report: dict[str, Any] = {}
+        self.refusal: str | None = None  # of reports
         self.rows = [[i * 0.5, 1000, 10, 0, 0.5, 0.01] for i in range(200)]
 
     def fetch(
@@ -39,6 +43,13 @@ class Router:
     ) -> Any:
         if not self.reachable:
             raise KvferryError("connection refused")
+        if method == "PUT":
+            assert path == "/admin/autopilot"
+            if self.refusal:
+                raise KvferryError(self.refusal)
+            # As it arrives, and as the router reads it.
+            self.report = AutopilotReport.model_validate_json(json.dumps(body)).model_dump()
+            return {}
         if method == "POST":
             self.posted.append((path, body))
             return {}
@@ -60,26 +71,20 @@ def worker(role: str) -> dict[str, Any]:
         max_num_seqs=64,
         max_num_batched_tokens=512,
         prefill_steps=timed("prefill", latency, 30).prefill,
-        decode_steps=timed("decode", latency, 30).decode,
+        decode_steps=timed("decode", latency, 60).decode,
     ).model_dump()
     return {
         "role": role,
         "state": "serving",
         "requests": 1,
         "block_size": 16,
-        "block_bytes": 1024,
+        "block_wire_bytes": 1024,
         "load": load,
     }
 
 
-def pilot(
-    mode: Mode,
-    limits: Limits = LIMITS,
-    scale: Scale | None = None,
-    *,
-    journal: Journal | None = None,
-) -> autopilot.Autopilot:
-    return autopilot.Autopilot("http://router", None, mode, limits, journal or Journal(mode), scale)
+def pilot(mode: Mode, limits: Limits = LIMITS, scale: Scale | None = None) -> autopilot.Autopilot:
+    return autopilot.Autopilot("http://router", None, mode, limits, Journal(), scale, 5.0)
 
 
 @pytest.fixture
@@ -111,18 +116,18 @@ def test_it_changes_the_pools_and_says_why(
 def test_a_dry_run_only_tells_and_is_judged_all_the_same(
     router: Router, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    journal = Journal("dry-run")
-    looking = pilot("dry-run", journal=journal)
+    looking = pilot("dry-run")
     looking.look()
-    assert "judged" not in journal.decisions()["decisions"][-1]
+    assert router.report["decisions"][-1]["judged"] is None
     looking.look()
     assert router.posted == []
     events = [line["event"] for line in lines(capsys)]
     assert events[:2] == ["decision", "outcome"]
-    first = journal.decisions()["decisions"][-1]
+    first = router.report["decisions"][-1]
     assert not first["done"]
-    assert first["judged"]
+    assert first["judged"] >= first["time"]
     assert 0 <= first["predicted"] <= 1
+    assert (router.report["mode"], router.report["slo"]["ttft"]) == ("dry-run", 1.0)
 
 
 def test_where_no_ratio_does_decode_is_given_prompts_of_its_own(
@@ -184,23 +189,35 @@ def test_a_wrong_option_is_refused(wrong: list[str]) -> None:
     assert "error: " in result.output
 
 
-def test_the_last_decisions_are_served_beside_the_metrics(
+def test_that_the_router_takes_no_report_is_told_once_and_stops_nothing(
+    router: Router, capsys: pytest.CaptureFixture[str]
+) -> None:
+    router.refusal = "changing the pools needs an admin key"
+    looking = pilot("dry-run")
+    looking.look()
+    looking.look()
+    told = lines(capsys)
+    assert sum(line["event"] == "decision" for line in told) >= 1
+    [waiting] = [line for line in told if line["event"] == "waiting"]
+    assert waiting["reason"].endswith("admin key")
+
+
+def test_the_last_decisions_are_remembered_and_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    journal = Journal("on")
+    journal = Journal()
     for number in range(REMEMBERED + 5):
         decision = Decision(float(number), "misses", Pools(1, 3), Pools(2, 2), "late", 0.9)
         journal.decided(decision, done=True, error=None)
     journal.judged(replace(decision, outcome=0.8))
-    url = f"http://127.0.0.1:{journal.serve(0)}"
-    with urllib.request.urlopen(url + "/decisions", timeout=10) as answer:
-        told = json.load(answer)
-    assert told["mode"] == "on"
-    assert len(told["decisions"]) == REMEMBERED
-    newest = told["decisions"][0]
+    told = journal.decisions()
+    assert len(told) == REMEMBERED
+    newest = told[0]
     assert (newest["predicted"], newest["outcome"], newest["reason"]) == (0.9, 0.8, "late")
     assert newest["judged"] >= newest["time"]
-    assert told["decisions"][1]["outcome"] is None
+    assert told[1]["outcome"] is None
+    url = f"http://127.0.0.1:{journal.serve(0)}"
     with urllib.request.urlopen(url + "/metrics", timeout=10) as answer:
-        assert b'kvferry_autopilot_attainment{is="measured"} 0.8' in answer.read()
+        page = answer.read()
+    assert b'kvferry_autopilot_attainment{is="measured"} 0.8' in page
     assert len(lines(capsys)) == REMEMBERED + 6

@@ -217,13 +217,34 @@ def test_a_prompt_follows_one_like_it_whose_kv_is_on_its_way_to_decode() -> None
     assert [request.decode.worker_id for request in asked] == ["d0"] * 3
 
 
-def test_each_worker_computes_a_beginning_once_that_prompts_share() -> None:
+@pytest.mark.parametrize(("count", "computed"), [(8, 1), (16, 2)])
+def test_prompts_that_begin_alike_go_together_until_their_own_tokens_are_too_many(
+    count: int, computed: int
+) -> None:
+    """Each has 1 of 17 tokens for itself: the first worker takes as many as half the others."""
     scene = Scene("p0", "p1", "d0")
-    for number in range(6):
-        scene.dispatch(GenerationRequest(f"{number}", [*range(4 * BLOCK), number], ONE))
     workers = scene.dispatcher._members.registry.serving("prefill")
-    tokens = sorted(a.prompt_tokens for w in workers for a in w.assigned.values())
-    assert tokens == [1, 1, 1, 1, 4 * BLOCK + 1, 4 * BLOCK + 1]
+    for number in range(count):
+        scene.dispatch(GenerationRequest(f"{number}", [*range(4 * BLOCK), number], ONE))
+        for worker in workers:  # they tell of no block while they compute
+            queued = sum(a.prompt_tokens for a in worker.assigned.values())
+            scene.beat(worker.worker_id, scene.load.model_copy(update={"waiting_tokens": queued}))
+    tokens = [a.prompt_tokens for w in workers for a in w.assigned.values()]
+    assert sorted(tokens) == [1] * (count - computed) + [4 * BLOCK + 1] * computed
+
+
+def test_a_prompt_that_ended_on_a_worker_is_cached_there_only_if_the_worker_tells_so() -> None:
+    scene = Scene("p0", "p1", "d0")
+    tokens = list(range(4 * BLOCK))
+    scene.dispatch(GenerationRequest("0", tokens, FEW))
+    worker, keys = scene.dispatcher._members.registry.named("p0"), PromptPrefix(tokens)(FINGERPRINT)
+    assert worker is not None
+    scene.beat("p0")
+    assert worker.cached.leading(keys) == 3
+    scene.say("p0", first_token("0#1", 7))
+    assert worker.cached.leading(keys) == 3
+    scene.beat("p0")
+    assert worker.cached.leading(keys) == 0
 
 
 def test_a_continued_prompt_is_named_as_the_whole() -> None:

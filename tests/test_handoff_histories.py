@@ -142,12 +142,28 @@ def test_one_fault_is_survived(fault: Fault, which: int) -> None:
     assert corrupted == (fault is Fault.CORRUPT)
 
 
-@pytest.mark.parametrize("state", [LeaseState.SHIPPING, LeaseState.DRAINING, LeaseState.OFFERED])
-def test_a_connection_that_breaks_costs_one_attempt_at_most(state: LeaseState) -> None:
-    simulation = Simulation(Setup(max_num_batched_tokens=64), Random(1))
+@pytest.mark.parametrize(
+    ("state", "max_num_batched_tokens"),
+    [
+        (LeaseState.ASKED, 4),
+        (LeaseState.AHEAD, 64),
+        (LeaseState.SHIPPING, 4),
+        (LeaseState.DRAINING, 64),
+        (LeaseState.OFFERED, 64),
+    ],
+)
+def test_a_connection_that_breaks_costs_one_attempt_at_most(
+    state: LeaseState, max_num_batched_tokens: int
+) -> None:
+    simulation = Simulation(Setup(max_num_batched_tokens=max_num_batched_tokens), Random(1))
     request = simulation.submit(PROMPT, SamplingParams(max_tokens=6), max_retries=1)
-    while not ((lease := simulation.prefill.handoffs.lease("r0#1")) and lease.state is state):
+    for _ in range(1000):
+        lease = simulation.prefill.handoffs.lease("r0#1")
+        if lease is not None and lease.state is state:
+            break
         simulation.step()
+    else:
+        pytest.fail(f"never {state.name}")
     simulation.network.lost = True
     simulation.decode.plane.transport.close_incoming()
     simulation.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from random import Random
 
 import pytest
@@ -141,8 +142,9 @@ def test_cancel_after_every_number_of_events(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_deadline_after_every_number_of_events(seed: int) -> None:
     states = set()
-    for num_events in range(90):
-        simulation = simulate(seed)
+    # With the smaller steps the grant comes before the first token, with the larger ones after it.
+    for num_events, step in product(range(90), (4, 8)):
+        simulation = simulate(90 * seed + num_events, max_num_batched_tokens=step)
         request = simulation.submit(PROMPT, GREEDY, timeout=10.0)
         for _ in range(num_events):
             simulation.step()
@@ -305,7 +307,7 @@ def test_a_block_is_free_only_when_the_transport_says_so() -> None:
 
 def test_a_frozen_sender_keeps_blocks_no_longer_than_the_closing_stall() -> None:
     """It stops in the middle of a message, and then its grant is given up."""
-    simulation = simulate()
+    simulation = simulate(max_num_batched_tokens=4)
     simulation.submit(PROMPT, GREEDY)
     decode = simulation.decode
     while not decode.plane.counters.receives_in_flight:

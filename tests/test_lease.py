@@ -26,6 +26,7 @@ from prefill.handoff_events import (
     Ship,
     ShipFailed,
     Shipped,
+    Tell,
     Tick,
 )
 from prefill.lease import LeaseState
@@ -34,8 +35,8 @@ from protocol.sampling import SamplingParams
 from tests.handoff_simulation import DECODE, EPOCH, FINGERPRINT
 
 GONE = None
-QUEUED, ASKED, SHIPPING, DRAINING, OFFERED = LeaseState
-STATES = (GONE, QUEUED, ASKED, SHIPPING, DRAINING, OFFERED)
+QUEUED, ASKED, AHEAD, SHIPPING, DRAINING, OFFERED = LeaseState
+STATES = (GONE, QUEUED, ASKED, AHEAD, SHIPPING, DRAINING, OFFERED)
 REJECTED = "rejected"
 STOP = 999
 TIMEOUT = 100.0  # seconds
@@ -43,23 +44,24 @@ BLOCK, NUM_BLOCKS = 4, 3
 
 # What follows on each state, in the order of STATES.
 NEXT: dict[str, tuple[LeaseState | str | None, ...]] = {
-    "queue": (QUEUED, REJECTED, REJECTED, REJECTED, REJECTED, REJECTED),
-    "ask": (REJECTED, ASKED, ASKED, REJECTED, REJECTED, REJECTED),
-    "compute": (REJECTED, QUEUED, ASKED, SHIPPING, REJECTED, REJECTED),
-    "first token": (REJECTED, DRAINING, DRAINING, DRAINING, REJECTED, REJECTED),
-    "only token": (REJECTED, GONE, GONE, GONE, REJECTED, REJECTED),
-    "grant": (GONE, QUEUED, SHIPPING, SHIPPING, DRAINING, OFFERED),
-    "misfit": (GONE, QUEUED, GONE, SHIPPING, DRAINING, OFFERED),
-    "foreign grant": (GONE, QUEUED, ASKED, SHIPPING, DRAINING, OFFERED),
-    "refuse": (GONE, QUEUED, GONE, SHIPPING, DRAINING, OFFERED),
-    "accept": (GONE, QUEUED, ASKED, SHIPPING, DRAINING, GONE),
-    "accept another": (GONE, QUEUED, ASKED, SHIPPING, DRAINING, OFFERED),
-    "ship": (GONE, REJECTED, REJECTED, SHIPPING, DRAINING, REJECTED),  # or OFFERED, with the last
-    "ship fails": (GONE, REJECTED, REJECTED, GONE, GONE, REJECTED),
-    "cancel": (GONE, GONE, GONE, GONE, GONE, GONE),
-    "lose router": (GONE, GONE, GONE, GONE, GONE, GONE),
+    "queue": (QUEUED, *[REJECTED] * 6),
+    "ask": (REJECTED, ASKED, ASKED, *[REJECTED] * 4),
+    "compute": (REJECTED, QUEUED, ASKED, REJECTED, SHIPPING, REJECTED, REJECTED),
+    "first token": (REJECTED, REJECTED, AHEAD, REJECTED, DRAINING, REJECTED, REJECTED),
+    "only token": (REJECTED, GONE, GONE, REJECTED, GONE, REJECTED, REJECTED),
+    "grant": (GONE, QUEUED, SHIPPING, DRAINING, SHIPPING, DRAINING, OFFERED),
+    "misfit": (GONE, QUEUED, GONE, GONE, SHIPPING, DRAINING, OFFERED),
+    "foreign grant": STATES,
+    "refuse": (GONE, QUEUED, GONE, GONE, SHIPPING, DRAINING, OFFERED),
+    "accept": (GONE, QUEUED, ASKED, AHEAD, SHIPPING, DRAINING, GONE),
+    "accept another": STATES,
+    # Or OFFERED, with the last.
+    "ship": (GONE, REJECTED, REJECTED, REJECTED, SHIPPING, DRAINING, REJECTED),
+    "ship fails": (GONE, REJECTED, REJECTED, REJECTED, GONE, GONE, REJECTED),
+    "cancel": (GONE,) * 7,
+    "lose router": (GONE,) * 7,
     "wait": STATES,
-    "time out": (GONE, GONE, GONE, GONE, GONE, GONE),
+    "time out": (GONE,) * 7,
 }
 STALE = {("accept", state) for state in STATES if state is not OFFERED}
 STALE |= {("accept another", state) for state in STATES}
@@ -179,6 +181,7 @@ WAYS: dict[LeaseState | None, list[str]] = {
     GONE: ["queue", "ask", "compute", "grant", "cancel"],  # with a batch of blocks under way
     QUEUED: ["queue"],
     ASKED: ["queue", "ask"],
+    AHEAD: ["queue", "ask", "compute", "first token"],
     SHIPPING: ["queue", "ask", "compute", "grant", "compute"],
     DRAINING: ["queue", "ask", "compute", "grant", "first token"],
     OFFERED: ["queue", "ask", "grant", "first token", "ship"],
@@ -189,7 +192,7 @@ def possible(scene: Scene, name: str) -> bool:
     """Whether the scheduler and the transport can let it happen."""
     if name.startswith("ship"):
         return bool(scene.under_way)
-    return name != "first token" or scene.state not in (QUEUED, ASKED)  # not without a grant
+    return name != "first token" or scene.state is not QUEUED  # not before the grant is asked
 
 
 @pytest.mark.parametrize("state", STATES, ids=str)
@@ -251,7 +254,7 @@ def advance_beside_model(scene: Scene, name: str) -> None:
     assert (handoffs.num_stale, handoffs.num_expired) == (counted[0] + stale, counted[1] + expired)
     ended = follows is GONE and before is not GONE
     assert (Abandon in kinds) == (ended and name not in ("accept", "only token"))
-    assert (Allow in kinds) == (before is ASKED and follows is SHIPPING)
+    assert (Allow in kinds) == (name == "grant" and before in (ASKED, AHEAD))
 
 
 names: st.SearchStrategy[str] = st.sampled_from(
@@ -270,3 +273,16 @@ def test_leases_go_as_the_model_does_in_any_order_of_events(events: list[str]) -
     while scene.under_way:
         scene.happen("ship")
     assert scene.handoffs.num_open == scene.pool.num_used == 0
+
+
+def test_a_grant_asked_for_again_after_the_first_token_is_for_the_same_tokens() -> None:
+    scene = Scene()
+    scene.happen("queue")
+    (first,) = scene.happen("ask")
+    scene.happen("first token")
+    assert scene.state is AHEAD
+    scene.now += 1.0
+    (again,) = scene.happen("wait")
+    assert isinstance(first, Tell)
+    assert isinstance(again, Tell)
+    assert again.message == first.message.model_copy(update={"timeout": TIMEOUT - 1.0})

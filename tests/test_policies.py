@@ -59,8 +59,8 @@ def test_the_holder_of_the_longest_prefix_is_chosen_in_both_pools(registry: Regi
     assert chosen(registry, "least-loaded") == ("p0", "d0")
 
 
-@pytest.mark.parametrize(("queued", "home"), [(39, "p1"), (41, "p0")])
-def test_affinity_ends_where_waiting_takes_longer_than_computing(
+@pytest.mark.parametrize(("queued", "home"), [(59, "p1"), (61, "p0")])
+def test_affinity_ends_where_waiting_takes_half_as_long_again_as_computing(
     registry: Registry, queued: int, home: str
 ) -> None:
     hold(registry, "p1", 10)
@@ -82,13 +82,14 @@ def test_a_prefix_draws_no_more_sequences_than_balance_allows(registry: Registry
     assert min(counts.values()) >= 4
 
 
-def test_a_beginning_that_all_prompts_share_draws_no_second_sequence(registry: Registry) -> None:
+@pytest.mark.parametrize(("held", "home"), [(3, "d0"), (5, "d1")])
+def test_of_idle_workers_only_one_that_holds_much_of_the_prompt_is_preferred(
+    registry: Registry, held: int, home: str
+) -> None:
     for decode in registry.serving("decode"):
         decode.report(WorkerLoad(max_num_seqs=64, free_blocks=999))
-    hold(registry, "d1", 1)  # of ten blocks
-    assert chosen(registry)[1] == "d1"  # all are idle
-    queue(registry, "d1", 1)
-    assert chosen(registry)[1] == "d0"
+    hold(registry, "d1", held)  # of ten blocks
+    assert chosen(registry)[1] == home
 
 
 @pytest.mark.parametrize(("others", "home"), [(3, "d1"), (5, "d0")])

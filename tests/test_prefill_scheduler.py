@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import Batch
+from engine.batch import Batch, BatchRow
 from engine.block_pool import BlockPool
 from engine.sequence import Sequence
 from prefill.scheduler import PrefillScheduler
@@ -36,7 +36,9 @@ class Worker:
         )
         self.finished: dict[str, Sequence] = {}
         self.computed: defaultdict[str, list[int]] = defaultdict(list)  # positions, in order
+        self.offered: set[str] = set()
         self.granted: set[str] = set()
+        self.ahead: dict[str, int] = {}  # tokens computed before the grant for them
         self.cancelled: set[str] = set()
 
     def add(self, request_id: str, prompt: list[int], grant: bool = True) -> Sequence:
@@ -48,23 +50,38 @@ class Worker:
 
     def grant(self, request_id: str) -> None:
         self.granted.add(request_id)
+        self.ahead.pop(request_id, None)
         self.scheduler.grant(request_id)
 
     def schedule(self) -> Batch:
         batch = self.scheduler.schedule()
         assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
         assert len(batch.rows) <= self.scheduler.max_num_seqs
+        for sequence in self.scheduler.prompts_to_offer():
+            assert sequence.request_id not in self.granted
+            assert sequence.num_tokens - sequence.num_computed <= self.scheduler.ask_ahead
+            self.offered.add(sequence.request_id)
         for row in batch.rows:
             assert row.num_tokens > 0
             assert row.sequence.request_id not in self.cancelled
-            if row.sequence.request_id not in self.granted:
-                assert row.sequence.num_tokens - row.end >= self.scheduler.ask_ahead
+            self.note_ahead(row)
+        assert sum(self.ahead.values()) <= self.scheduler.max_num_batched_tokens
         self.check()
         return batch
+
+    def note_ahead(self, row: BatchRow) -> None:
+        """Count tokens that are computed without a grant and need one."""
+        sequence, ask_ahead = row.sequence, self.scheduler.ask_ahead
+        if sequence.request_id in self.granted or sequence.num_tokens - row.end >= ask_ahead:
+            return
+        assert sequence.request_id in self.offered
+        assert sequence.request_id not in self.ahead
+        self.ahead[sequence.request_id] = row.num_tokens
 
     def cancel(self, request_id: str) -> None:
         """No step that is scheduled from now on may run it."""
         self.cancelled.add(request_id)
+        self.ahead.pop(request_id, None)
         self.scheduler.cancel(request_id)
         self.check()
 
@@ -76,6 +93,8 @@ class Worker:
             if token_id is not None:
                 assert sequence.token_ids[-1] == token_id
                 self.finished[sequence.request_id] = sequence
+                if sequence.finish_reason() is not None:
+                    self.ahead.pop(sequence.request_id, None)
         self.check()
 
     def step(self) -> Batch:
@@ -124,13 +143,8 @@ def test_every_prompt_token_is_computed_once_in_order_within_the_budget(
     random = Random(seed)
     worker = Worker(num_blocks, budget, max_num_seqs, ask_ahead)
     sequences = [worker.add(str(i), prompt, grant=False) for i, prompt in enumerate(prompts)]
-    offered: set[str] = set()
     for _ in range(500):
-        for sequence in list(worker.scheduler.prompts_to_offer()):
-            assert sequence.request_id not in worker.granted
-            assert sequence.num_tokens - sequence.num_computed <= ask_ahead
-            offered.add(sequence.request_id)
-        for request_id in sorted(offered - worker.granted):  # decode takes its time
+        for request_id in sorted(worker.offered - worker.granted):  # decode takes its time
             if random.random() < 0.5:
                 worker.grant(request_id)
         worker.step()
@@ -140,8 +154,11 @@ def test_every_prompt_token_is_computed_once_in_order_within_the_budget(
             break
     worker.release_finished()
     worker.pool.check_integrity([])
+    for request_id in worker.offered - worker.granted:
+        worker.grant(request_id)
     assert worker.scheduler.waiting_tokens == 0
     assert not worker.scheduler._granted
+    assert not worker.scheduler._ahead
     for sequence, prompt in zip(sequences, prompts, strict=True):
         assert sequence.token_ids == [*prompt, expected(prompt)]
         computed = worker.computed[sequence.request_id]
@@ -221,13 +238,16 @@ def test_short_prompts_do_not_hold_up_a_long_one(budget: int) -> None:
     assert step <= 100 // -(-budget // 2) + 1
 
 
-def test_without_a_grant_nothing_near_the_end_is_computed_and_others_go_on() -> None:
-    worker = Worker(budget=8, ask_ahead=4)
-    stuck = worker.add("stuck", [1] * 20, grant=False)
+def test_one_step_goes_ahead_of_a_grant_and_others_go_on() -> None:
+    worker = Worker(budget=8, ask_ahead=20)
+    stuck = worker.add("stuck", [1] * 24, grant=False)
     worker.add("other", [2] * 20)
+    computed = []
     for _ in range(10):
         worker.step()
-    assert stuck.num_computed == 16
+        computed.append(stuck.num_computed)
+    assert computed[:2] == [4, 8]  # until the grant is asked for, then ahead of it, by half a step
+    assert computed[-1] == 8
     assert "other" in worker.finished
     assert not worker.scheduler.schedule().rows
     assert list(worker.scheduler.prompts_to_offer()) == [stuck]
@@ -235,7 +255,36 @@ def test_without_a_grant_nothing_near_the_end_is_computed_and_others_go_on() -> 
     assert list(worker.scheduler.prompts_to_offer()) == []
     worker.scheduler.commit([])
     worker.step()
+    worker.step()
     assert "stuck" in worker.finished
+
+
+def test_while_a_grant_is_awaited_no_other_prompt_gets_ahead_of_its_own() -> None:
+    worker = Worker(budget=8, ask_ahead=100)
+    worker.add("early", [1] * 6, grant=False)
+    worker.step()
+    assert "early" in worker.finished  # before its grant
+    late = worker.add("late", [2] * 6, grant=False)
+    assert not worker.step().rows
+    worker.grant("early")
+    worker.step()
+    assert "late" in worker.finished
+    worker.add("third", [3] * 6, grant=False)
+    assert not worker.step().rows
+    worker.cancel(late.request_id)  # decode refused it
+    worker.step()
+    assert "third" in worker.finished
+    assert not worker.scheduler._granted
+
+
+def test_a_prompt_that_ends_with_its_first_token_keeps_nobody_waiting_for_its_grant() -> None:
+    worker = Worker(budget=8, ask_ahead=100)
+    stop = SAMPLING.model_copy(update={"stop_token_ids": (expected([1] * 6),)})
+    worker.add("stops", [1] * 6, grant=False).sampling = stop
+    worker.step()
+    worker.add("next", [2] * 6, grant=False)
+    worker.step()
+    assert list(worker.finished) == ["stops", "next"]
 
 
 def test_at_least_one_token_is_computed_even_if_all_are_cached() -> None:
@@ -300,6 +349,8 @@ def test_prompts_that_begin_alike_are_computed_once_though_they_come_at_once() -
 
 def test_nobody_waits_for_a_prompt_of_the_same_beginning_that_has_no_grant() -> None:
     worker = Worker(budget=8, ask_ahead=100)
+    worker.add("ahead", [9] * 4, grant=False)
+    worker.step()  # from now on none may be ahead of its grant
     prompt = [1, 2, 3, 4] * 6
     worker.add("stuck", prompt, grant=False)
     worker.add("other", prompt)

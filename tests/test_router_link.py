@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 from cli import router_link
-from cli.router_link import RouterLink
+from cli.router_link import RouterLink, send_to
 from engine.block_pool import BlockPool
 from engine.cache_feed import CacheFeed
+from protocol.hashing import HASH_BYTES, KEY_BYTES
 from protocol.link import Server
 from protocol.messages import (
     CacheChanges,
     Cancel,
     ChangeRole,
+    FinishReason,
     Heartbeat,
     Leaving,
     Left,
@@ -30,6 +32,8 @@ from protocol.messages import (
     RequestFailed,
     RouterHeartbeat,
     SendCache,
+    Tokens,
+    TokenUpdate,
 )
 from tests.router_scene import SOON, registration
 
@@ -66,12 +70,16 @@ class RouterEnd:
                 if isinstance(message, kind) and is_it(message):
                     return message
 
-    async def register(self, session: int) -> None:
+    async def register(
+        self, session: int, heartbeat_interval: float = 0.02, router_id: str = "r"
+    ) -> None:
         def is_it(message: Message) -> bool:
             return isinstance(message, Register) and message.session == session
 
         await self.next(Register, is_it)
-        self.say(Registered(router_id="r", session=session, heartbeat_interval=0.02))
+        self.say(
+            Registered(router_id=router_id, session=session, heartbeat_interval=heartbeat_interval)
+        )
 
     async def heartbeat(self, num_sent: int) -> None:
         def is_it(message: Message) -> bool:
@@ -90,13 +98,15 @@ def stand_still(seconds: float) -> None:
 
 
 @asynccontextmanager
-async def linked(folder: Path) -> AsyncIterator[tuple[RouterEnd, RouterLink, Role]]:
+async def linked(
+    folder: Path, pool: BlockPool | None = None
+) -> AsyncIterator[tuple[RouterEnd, RouterLink, Role]]:
     server, role = Server(f"ipc://{folder}/router.sock"), Role()
 
     def describe(session: int) -> Register:
         return registration("p0", session=session)
 
-    feed = CacheFeed(BlockPool(4, 4))
+    feed = CacheFeed(pool or BlockPool(4, 4))
     link = RouterLink(server.endpoint, "p0", None, describe, role, lambda: None, feed)
     task = asyncio.create_task(link.run())
     try:
@@ -133,6 +143,50 @@ async def test_the_router_is_told_of_the_cache_and_again_when_it_asks(tmp_path: 
         await router.next(CacheChanges, begins)
         await router.heartbeat(num_sent=0)  # neither is a message about a request
         assert role.dropped == role.got == []
+
+
+async def test_the_router_is_told_of_the_cache_between_heartbeats_but_not_of_every_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_link, "TELL", 0.5)
+    pool, names = BlockPool(4, 4), [bytes([number]) * HASH_BYTES for number in range(4)]
+    async with linked(tmp_path, pool) as (router, link, _):
+        await router.register(session=0, heartbeat_interval=10 * SOON)
+        await router.heartbeat(num_sent=0)  # it is the last one here
+        told = []
+        for block, name in enumerate(names):
+            pool.name(block, name)
+            link.tell_of_cache()
+            if block in (0, 3):
+                message = await router.next(CacheChanges, lambda _: True)
+                assert isinstance(message, CacheChanges)
+                told.append(message.stored)
+        assert told == [names[0][:KEY_BYTES], b"".join(name[:KEY_BYTES] for name in names[1:])]
+
+
+@pytest.mark.parametrize("finish_reason", [None, "length"])
+async def test_the_end_of_a_sequence_tells_the_other_routers_of_the_cache(
+    tmp_path: Path, finish_reason: FinishReason | None
+) -> None:
+    pool = BlockPool(4, 4)
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+    async with (
+        linked(folders[0], pool) as (asking, asking_link, _),
+        linked(folders[1], pool) as (other, other_link, _),
+    ):
+        for router, name in ((asking, "a"), (other, "b")):
+            await router.register(session=0, heartbeat_interval=10 * SOON, router_id=name)
+            await router.heartbeat(num_sent=0)  # it is the last one here
+        pool.name(0, bytes(HASH_BYTES))
+        update = TokenUpdate(request_id="r#1", index=0, token_ids=[1], finish_reason=finish_reason)
+        send_to("a", Tokens(updates=[update]), [asking_link, other_link])
+        await asking.next(Tokens, lambda message: message == Tokens(updates=[update]))
+        send_to("b", FAILED, [asking_link, other_link])
+        told = [await other.next(Message, lambda _: True) for _ in range(2 if finish_reason else 1)]
+        changes = CacheChanges(number=1, stored=bytes(KEY_BYTES), evicted=b"")
+        assert told == ([FAILED, changes] if finish_reason else [FAILED])
 
 
 async def test_a_lost_message_of_the_router_ends_the_session(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def html(record: Record) -> str:
     load = "closed loop" if run.rate is None else f"{run.rate:.3g} requests/s offered"
     bad = "".join(f'<p class="bad">{escape(text)}</p>' for text in warnings(measures, run.client))
     charts = "".join(chart.svg() for chart in [*_sweep_charts(record), *_charts(record, run)])
+    settings = [(name, value) for name, value in record.settings.items() if value is not None]
     data = json.dumps(figures(record)).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -113,7 +114,7 @@ def html(record: Record) -> str:
 <h2>Latency, milliseconds</h2>{_latency_table(measures)}
 <h2>Errors</h2>{_table(("kind", "requests"), measures.errors.items())}
 <h2>Client</h2>{_client_table(run)}
-<h2>Settings</h2>{_table(("option", "value"), record.settings.items())}
+<h2>Settings</h2>{_table(("option", "value"), settings)}
 <script type="application/json" id="figures">{data}</script>
 </body></html>
 """
@@ -153,7 +154,7 @@ def _client_table(run: Run) -> str:
         ("event loop late, p99", f"{_ms(load.stall_p99)} ms"),
         ("event loop late, max", f"{_ms(load.stall_max)} ms"),
     ]
-    return _table(("", ""), rows)
+    return _table(("of the load's own process", ""), rows)
 
 
 def _charts(record: Record, run: Run) -> list[Chart]:

@@ -12,6 +12,7 @@ from html import escape
 
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 26, 40
+FEW = 30  # points: of a line through fewer each is seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +91,14 @@ class Chart:
         return "".join(parts) + "</svg>"
 
     def _legend(self) -> str:
+        """One text, so that the browser, which knows how wide letters are, sets it."""
         if len(self.series) < 2:
             return ""
-        parts, x = [], WIDTH - RIGHT
-        for number, series in reversed(list(enumerate(self.series))):
-            parts.append(_text(x, 16, series.name, "end"))
-            x -= 7 * len(series.name) + 8
-            parts.append(f'<circle class="dot s{number}" cx="{x}" cy="12" r="4"/>')
-            x -= 14
-        return "".join(parts)
+        names = (
+            f'\u00a0\u00a0\u00a0<tspan class="dot s{number}">\u25cf</tspan> {escape(series.name)}'
+            for number, series in enumerate(self.series)
+        )
+        return f'<text x="{WIDTH - RIGHT}" y="16" text-anchor="end">{"".join(names)}</text>'
 
 
 def ticks(maximum: float) -> list[float]:
@@ -111,13 +111,17 @@ def ticks(maximum: float) -> list[float]:
 
 
 def _drawn(number: int, joined: bool, places: Sequence[tuple[float, float]]) -> str:
-    if joined:
+    parts = []
+    if joined and places:
         line = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        return f'<path class="line s{number}" d="M{line}"/>' if places else ""
-    circles = (
-        f'<circle class="dot s{number}" cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in places
-    )
-    return "".join(circles)
+        parts.append(f'<path class="line s{number}" d="M{line}"/>')
+    if not joined or len(places) < FEW:
+        radius = 3 if joined else 2
+        parts += (
+            f'<circle class="dot s{number}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
+            for x, y in places
+        )
+    return "".join(parts)
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

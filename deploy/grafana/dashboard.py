@@ -173,7 +173,8 @@ def dashboard() -> dict[str, Any]:
     y = 0
     for title, row in ROWS.items():
         place = {"x": 0, "y": y, "w": WIDTH * COLUMNS, "h": 1}
-        panels.append({"type": "row", "title": title, "gridPos": place, "collapsed": False})
+        head = {"type": "row", "title": title, "gridPos": place}
+        panels.append({**head, "collapsed": False, "panels": []})
         y += 1
         for start in range(0, len(row), COLUMNS):
             for column, panel in enumerate(row[start : start + COLUMNS]):

@@ -18,6 +18,7 @@ copied has a reference here, so that nobody else writes to it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ from engine.sequence import Sequence as Prompt
 from engine.tiers.copier import BlockCopier
 from engine.tiers.held import HeldBlocks
 from engine.tiers.tier import Tier
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 5.0  # seconds that a prompt waits for its blocks at most; then it is computed
 RETRY = 30.0  # seconds after which a rate that speaks against loading is measured again
@@ -70,6 +73,7 @@ class TieredCache:
         self.num_lost = 0  # blocks that the pool gave up before they were saved
         self.num_restored = 0  # blocks that came back whole
         self.num_missed = 0  # blocks that hand-offs counted on and that did not
+        self.num_failed = 0  # blocks whose copies raised
         self.num_slow = 0  # blocks that were not loaded since computing them is faster
         self.on_change: Callable[[], None] = lambda: None  # blocks are free, or a prompt is ready
         pool.listeners.append(self)
@@ -215,7 +219,8 @@ class TieredCache:
             self._num_late += 1
             self._waiting.discard(prompt)
             self.on_change()
-        good, seconds = await load
+        loaded, seconds = await load
+        good = loaded or 0
         self._num_late -= len(late)
         self.load_seconds += seconds
         self._load_rate.add(good * self._row_bytes, seconds)
@@ -260,12 +265,18 @@ class TieredCache:
         copy: Callable[[Sequence[bytes], Sequence[int]], Copied],
         hashes: Sequence[bytes],
         blocks: Sequence[int],
-    ) -> tuple[Copied, float]:
-        """Copy on the thread; the result, and how many seconds it took."""
+    ) -> tuple[Copied | None, float]:
+        """Copy on the thread; the result, None where it raised, and how many seconds it took."""
 
-        def on_the_thread() -> tuple[Copied, float, list[bytes]]:
+        def on_the_thread() -> tuple[Copied | None, float, list[bytes]]:
             self._began = began = time.monotonic()
-            copied = copy(hashes, blocks)
+            copied = None
+            try:
+                copied = copy(hashes, blocks)
+            except Exception:  # whatever it is, a cache lacks some blocks and the worker goes on
+                if self.num_failed == 0:
+                    log.exception("a copy between the KV pool and a tier failed; more are counted")
+                self.num_failed += len(blocks)
             self._began = math.inf
             left = [h for tier in self._tiers for h in tier.slots.take_left()]
             return copied, time.monotonic() - began, left

@@ -50,6 +50,7 @@ class TierCollector(Collector):
             ("restored", "KV blocks that came back whole", self._cache.num_restored),
             ("lost", "KV blocks that the pool gave up unsaved", self._cache.num_lost),
             ("missed", "KV blocks that hand-offs counted on in vain", self._cache.num_missed),
+            ("failed", "KV blocks whose copies to or from a tier raised", self._cache.num_failed),
             ("slow", "KV blocks that were faster to compute", self._cache.num_slow),
             ("save_seconds", "Time spent saving", self._cache.save_seconds),
             ("load_seconds", "Time spent restoring", self._cache.load_seconds),

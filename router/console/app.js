@@ -1,6 +1,7 @@
 // Polls the router each second and keeps the page true.
 
 import { call, hasKey, NeedsKey, setKey } from "./api.js";
+import { Autopilot } from "./autopilot.js";
 import { Chart } from "./charts.js";
 import { $, clock, h, keyed, percent, quantity, seconds, setText } from "./dom.js";
 import { Pools } from "./pools.js";
@@ -36,6 +37,7 @@ const charts = [
   ], quantity),
 ];
 const pools = new Pools();
+const autopilot = new Autopilot();
 const requests = new Requests(openRequest, () => objective);
 const whatIf = new WhatIf((error) => error instanceof NeedsKey && askKey(error));
 
@@ -44,10 +46,11 @@ async function poll() {
   try {
     const asked = objective;
     const after = points.at(-1)?.slot ?? 0;
-    const [overview, lists, change] = await Promise.all([
-      call(`overview?ttft=${asked.ttft}&tpot=${asked.tpot}&after=${after}`), call("requests"), call("pools"),
+    const answers = await Promise.all([
+      call(`overview?ttft=${asked.ttft}&tpot=${asked.tpot}&after=${after}`),
+      ...["requests", "pools", "autopilot"].map((path) => call(path)),
     ]);
-    if (asked === objective) show(overview, lists, change);
+    if (asked === objective) show(...answers);
   } catch (error) {
     if (error instanceof NeedsKey) askKey(error);
     else sayProblem(error.message);
@@ -56,7 +59,7 @@ async function poll() {
   if (!document.hidden && !$("key").open) timer = setTimeout(poll, INTERVAL);
 }
 
-function show(overview, lists, change) {
+function show(overview, lists, change, decisions) {
   lastAnswer = Date.now() / 1000;
   $("problem").hidden = true;
   document.querySelector("main").hidden = false;
@@ -67,7 +70,8 @@ function show(overview, lists, change) {
   const fresh = overview.history;
   if (fresh.length && fresh[0].slot <= (points.at(-1)?.slot ?? 0)) points = []; // another router
   points = [...points, ...fresh].slice(-MAX_POINTS);
-  for (const chart of charts) chart.show(points, points.at(-1)?.slot ?? 0);
+  autopilot.show(decisions);
+  for (const chart of charts) chart.show(points, autopilot.changes());
   pools.show(overview.workers, overview.stages);
   requests.show(lists);
   whatIf.show(overview.workers, change);
@@ -116,7 +120,10 @@ function sayProblem(message) {
 
 function askKey({ message }) {
   if ($("key").open) return;
-  if (hasKey()) setText($("key-problem"), `The router does not accept this key: ${message}. Give another one.`);
+  if (hasKey()) {
+    setText($("key-problem"), `The router does not accept this key: ${message}. Give another one.`);
+    $("key-problem").className = "warning";
+  }
   setStatus(false, "Needs a key");
   $("key").showModal();
 }

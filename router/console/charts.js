@@ -20,13 +20,15 @@ export class Chart {
     this.format = format;
     this.limit = limit;
     this.points = [];
-    this.newest = 0;
+    this.newest = 0; // slot
+    this.changes = []; // slots, not whole ones
     this.readout = h("span", { class: "readout" });
     this.svg = s("svg", { role: "img", height: HEIGHT });
     const names = lines.map(({ name, kind }) => h("span", { class: `key ${kind}` }, name));
+    this.changed = h("span", { class: "key change", hidden: true }, "pools changed");
     this.element = h(
       "figure", {},
-      h("figcaption", {}, h("b", {}, title), ...names, this.readout), this.svg,
+      h("figcaption", {}, h("b", {}, title), ...names, this.changed, this.readout), this.svg,
     );
     this.title = title;
     this.svg.addEventListener("pointermove", (event) => this.point(event));
@@ -34,9 +36,13 @@ export class Chart {
     new ResizeObserver(() => this.draw()).observe(this.element);
   }
 
-  show(points, newest) {
+  // changes: when the pools were changed, in Unix seconds.
+  show(points, changes) {
     this.points = points;
-    this.newest = newest;
+    this.newest = points.at(-1)?.slot ?? 0;
+    const ago = (time) => Math.max(0, Date.now() / 1000 - time) / SLOT_SECONDS;
+    this.changes = changes.map((time) => this.newest - ago(time)).filter((at) => this.newest - at < SLOTS);
+    this.changed.hidden = this.changes.length === 0;
     this.draw();
   }
 
@@ -70,6 +76,9 @@ export class Chart {
     }
     if (limit !== null && highest > 0 && limit <= top) {
       parts.push(s("line", { class: "limit", x1: MARGIN.left, x2: right, y1: y(limit), y2: y(limit) }));
+    }
+    for (const at of this.changes) {
+      parts.push(s("line", { class: "change", x1: this.x(at), x2: this.x(at), y1: MARGIN.top, y2: bottom }));
     }
     for (const { kind, value } of this.lines) parts.push(...this.drawLine(kind, value, y));
     this.cursor = s("line", { class: "cursor", y1: MARGIN.top, y2: bottom, visibility: "hidden" });

@@ -44,6 +44,7 @@ export function keyed(parent, items, keyOf, create, update) {
 
 export function seconds(value) {
   if (value == null) return "–";
+  if (value === Infinity) return "∞";
   if (value >= 100) return `${value.toFixed(0)} s`;
   if (value >= 1) return `${value.toFixed(2)} s`;
   const ms = value * 1000;

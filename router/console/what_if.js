@@ -9,14 +9,16 @@ const PATIENCE = 15000; // ms for a prediction; the first one starts a process
 const DEBOUNCE = 120; // ms
 const FACTORS = { least: -4, most: 4 }; // of the rate: powers of two
 const FIGURES = [
-  ...["p50", "p90", "p99"].map((p) => [`TTFT ${p}`, (view) => view.ttft[p], seconds, "ttft"]),
+  ...["p50", "p90", "p99"].map((p) => [`TTFT ${p}`, (view) => (view.beyond_capacity ? Infinity : view.ttft[p]), seconds, "ttft"]),
   ...["p50", "p90", "p99"].map((p) => [`TPOT ${p}`, (view) => view.tpot[p], seconds, "tpot"]),
   ["Attainment", (view) => view.attainment, percent],
   ["Goodput", (view) => view.goodput, (value) => `${quantity(value)} /s`],
 ];
 
-const named = ({ prefill, decode }) =>
-  prefill ? `${prefill} prefill + ${decode} decode` : `${decode} colocated`;
+const named = ({ prefill, decode }) => {
+  if (prefill) return `${prefill} prefill + ${decode} decode`;
+  return decode ? `${decode} colocated` : "no workers";
+};
 const same = (one, other) => one.prefill === other.prefill && one.decode === other.decode;
 
 export class WhatIf {
@@ -123,6 +125,7 @@ export class WhatIf {
     $("what-if").classList.add("asking");
     const factor = 2 ** this.fields.rate.valueAsNumber;
     try {
+      if (this.asked().decode === 0) throw new Error("No decode worker is registered: there is nothing to predict from.");
       const question = {
         ...this.asked(), ...this.objective(), rate_factor: factor, seconds: Number(this.fields.window.value),
       };
@@ -159,12 +162,14 @@ export class WhatIf {
         { name: "as now", kind: "soft", value: (point) => point.present },
         { name: named(question), kind: "strong", value: (point) => point.asked },
       ]);
-    setText($("what-if-verdict"), `At ${quantity(answer.rate)} requests/s, ${named(question)} would keep ${
-      percent(answer.asked.attainment)} within the objective.${
-      answer.rate > answer.capacity ? ` They compute ${quantity(answer.capacity)} at most: the queue would grow without end.` : ""}`);
+    const { beyond_capacity: beyond, attainment } = answer.asked;
+    const at = `At ${quantity(answer.rate)} requests/s`;
+    setText($("what-if-verdict"), beyond
+      ? `${at} the queue of ${named(question)} would grow without end: they compute ${quantity(answer.capacity)} at most.`
+      : `${at}, ${named(question)} would keep ${percent(attainment)} within the objective.`);
     $("what-if-unfit").hidden = answer.fits;
-    setText($("what-if-basis"), `At ${clock(Date.now() / 1000)}, from the last ${answer.num_observed} requests and the workers' own step times; ±${
-      percent(answer.margin)} by chance.`);
+    setText($("what-if-basis"), `At ${clock(Date.now() / 1000)}, from the last ${answer.num_observed} requests and the workers' own step times${
+      beyond ? "" : `; ±${percent(answer.margin)} by chance`}.`);
   }
 
   confirm() {

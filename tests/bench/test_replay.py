@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.replay import BLOCK, HOT, HOT_BLOCKS, MAX_LEN, TOKENS, Case, workload
+from bench.replay import BLOCK, HOT, HOT_BLOCKS, MAX_LEN, TOKENS, Case, failures, workload
 from bench.routing import ideal_hits, spread
+from bench.serving.record import Result
 from engine.sequence import Sequence
 from protocol.sampling import SamplingParams
 
@@ -53,3 +54,14 @@ def test_an_ideal_cache_finds_whole_blocks_before_the_last_token() -> None:
 
 def test_spread_is_the_most_over_the_mean() -> None:
     assert spread([3, 1, 2]) == 1.5
+
+
+def test_failures_are_told_by_their_kinds_the_most_frequent_first() -> None:
+    def failed(error: str, message: str) -> Result:
+        return Result(0, 0.0, 0.0, 1.0, 1, 1, 0, (), error, message)
+
+    seen = [failed("cut", "at [DONE]"), failed("http 429", "full"), failed("http 429", "busy")]
+    assert list(failures(seen).items()) == [
+        ("http 429", {"count": 2, "such_as": "busy"}),
+        ("cut", {"count": 1, "such_as": "at [DONE]"}),
+    ]

@@ -198,6 +198,9 @@ def test_a_chart_puts_points_where_they_belong() -> None:
     chart = Chart("t", "x", "y", [Series("a", [(0, 0), (10, 100)])], [Mark("m", x=5)], y_max=100)
     assert 'd="M56.0 220.0L506.0 26.0"' in chart.svg()
     assert 'd="M281.0 26V220.0"' in chart.svg()
+    assert '<circle class="dot s0" cx="506.0" cy="26.0"' in chart.svg(), "few points are seen"
+    curve = Series("b", [(float(x), float(x)) for x in range(100)])
+    assert "<circle" not in Chart("t", "x", "y", [curve]).svg()
 
 
 @pytest.mark.parametrize("maximum", [0.003, 0.1, 1, 3, 7, 60, 61, 999, 12345.6])

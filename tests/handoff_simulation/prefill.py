@@ -125,12 +125,12 @@ class SimulatedPrefill:
 
     def _schedule(self) -> None:
         """Begin a step; the engine writes now or only when the step ends."""
-        for sequence in list(self.scheduler.prompts_to_offer()):
-            self.handle(hand.Ask(sequence.request_id))
         batch = self.scheduler.schedule()
         if batch.rows:
             early = self._network.random.random() < 0.5
             self._step = batch, self.memory.run(batch) if early else None
+        for sequence in list(self.scheduler.prompts_to_offer()):
+            self.handle(hand.Ask(sequence.request_id))
 
     def _commit(self) -> None:
         """End the running step."""

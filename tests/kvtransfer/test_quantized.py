@@ -69,7 +69,9 @@ def test_one_end_that_quantises(quantized: str) -> None:
 
 @pytest.mark.parametrize(("kind", "keys"), [("int8", "int8"), ("fp8", "e4m3")])
 def test_the_layout_that_a_fingerprint_asks_for(kind: WireQuantization, keys: Format) -> None:
-    assert packed_layout(fingerprint(kind)) == PackedLayout(2 * 3 * 2, 16, 64, keys)
+    layout = PackedLayout(2 * 3 * 2, 16, 64, keys)
+    assert packed_layout(fingerprint(kind)) == layout
+    assert fingerprint(kind).wire_bytes == layout.row_bytes
 
 
 def test_no_layout_without_quantisation() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.step_sums import with_step
+from engine.step_sums import with_steps
 from planner.observed import Row
 from planner.profile import WorkerProfile
 from planner.workload import Lengths, generate
@@ -29,9 +29,9 @@ def workers(profile: WorkerProfile, prefill: int, decode: int) -> list[dict[str,
         tokens, batch = 16 * size, size % 7 + 1
         context = batch * 50 * size
         took = seconds(tokens, tokens**2, 0, 0)
-        prefill_steps = with_step(prefill_steps, (1, tokens, tokens**2), took, 1.0, 1.0)
+        prefill_steps = with_steps(prefill_steps, (1, tokens, tokens**2), took, 1.0, 1.0)
         took = seconds(0, 0, batch, context)
-        decode_steps = with_step(decode_steps, (1, context, batch), took, 1.0, 1.0)
+        decode_steps = with_steps(decode_steps, (1, context, batch), took, 1.0, 1.0)
     load = {
         "max_num_seqs": 64,
         "max_num_batched_tokens": 512,
@@ -45,7 +45,7 @@ def workers(profile: WorkerProfile, prefill: int, decode: int) -> list[dict[str,
             "role": role,
             "state": "serving",
             "block_size": BLOCK_SIZE,
-            "block_bytes": BLOCK_SIZE,
+            "block_wire_bytes": BLOCK_SIZE,
             "load": load,
         }
         for role, number in (("prefill", prefill), ("decode", decode))

@@ -26,6 +26,16 @@ def test_a_profile_is_measured_and_loads(tmp_path: Path) -> None:
     assert profile.latency.step_seconds(0, 0, 4, 256) > 0
 
 
+def test_a_profile_counts_the_bytes_that_travel(tmp_path: Path) -> None:
+    """The demo model's 2048 bytes in bf16 are 1024 and a scale for each 64 of them."""
+    path = tmp_path / "demo.json"
+    result = CliRunner().invoke(
+        app, ["profile", str(path), *FEW, "--repeats", "3", "--wire-quantization", "int8"]
+    )
+    assert result.exit_code == 0, result.output
+    assert WorkerProfile.load(str(path)).kv_bytes_per_token == 1024 + 4 * 1024 // 64
+
+
 def test_more_than_the_models_length_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "demo.json"
     result = CliRunner().invoke(app, ["profile", str(path), "--contexts", "999999"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,21 @@ def test_a_colocated_prompt_slows_the_tokens_beside_it(detail: Detail) -> None:
     assert second == 0.0
     assert first == pytest.approx((38 * 10e-3 + 0.400) / 40)
     assert outcome.itl.percentile(100) == pytest.approx(0.255, rel=0.02)
+
+
+@pytest.mark.usefixtures("pools")
+@pytest.mark.parametrize("placement", [PAIR, Placement(colocated=1)])
+@pytest.mark.parametrize("full", ["slots", "KV"])
+def test_who_finds_no_place_in_decode_waits_before_its_prompt(
+    placement: Placement, full: str, detail: Detail
+) -> None:
+    """The first request ends after 100 ms and ten steps of 10 ms; the wait is the second's TTFT."""
+    two = [Request(0.0, 100, 11), Request(0.05, 100, 11)]
+    small = replace(placement, max_num_seqs=1 if full == "slots" else 8)
+    worker = profile(kv_tokens=192 if full == "KV" else 1024)  # three blocks; each needs two
+    outcome = simulate(two, small, worker, detail=detail)
+    assert outcome.ttft == pytest.approx([0.100, 0.2 - 0.05 + 0.100])
+    assert outcome.tpot == pytest.approx([10e-3, 10e-3])
 
 
 OWN_PROMPTS = Placement(prefill=1, decode=1, local_prefill_tokens=100)

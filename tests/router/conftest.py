@@ -31,6 +31,11 @@ MODEL = Path(__file__).parents[2] / "cli" / "demo_model"
 MAX_MODEL_LEN = 256
 PATIENCE = 20.0  # seconds
 
+LOAD = {  # in a worker's row
+    "max_num_seqs": 8, "num_running": 2, "num_waiting": 1, "waiting_tokens": 300,
+    "free_blocks": 25, "total_blocks": 100,
+}  # fmt: skip
+
 HANG = "hang"  # in a script: nothing more comes
 Script = Sequence[TokenChunk | Exception | str]
 
@@ -209,3 +214,19 @@ def start(text: TextModel) -> Iterator[Callable[..., Router]]:
 @pytest.fixture
 def router(start: Callable[..., Router]) -> Router:
     return start()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from tests.browser import chromium  # it skips what needs it where there is no playwright
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    from tests.browser import page_of
+
+    with page_of(browser, PATIENCE) as page:
+        yield page

@@ -185,6 +185,28 @@ def test_a_damaged_block_is_computed_again() -> None:
     asyncio.run(run())
 
 
+def test_copies_that_raise_cost_what_they_would_have_copied(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def run() -> None:
+        tier = GatedTier(64)
+        worker = TieredWorker(12, tier)
+        async with worker.running():
+            await spilled(worker)
+            tier.error = RuntimeError("out of order")
+            assert await worker.ask("3", prompt(1)) == 0  # is not brought back
+            assert await worker.ask("4", prompt(3)) == 0  # is not saved
+            tier.error = None
+            assert await worker.ask("5", prompt(1)) == LONG * BLOCK_SIZE
+            assert await worker.ask("6", prompt(3)) == 0
+            assert worker.cache.num_failed == 2 * LONG - 1  # the pool had one left of prompt 1
+
+    asyncio.run(run())
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == [
+        "out of order"
+    ]
+
+
 def test_what_is_faster_to_compute_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         tier = GatedTier(64)

@@ -27,7 +27,7 @@ DEADLINE = 120.0  # seconds, generous: the first copy may have to compile its ke
 
 
 class GatedTier(HostTier):
-    """Loads and stores only while the gates are open."""
+    """Loads and stores only while the gates are open, and raises ``error`` if there is one."""
 
     def __init__(self, num_slots: int) -> None:
         super().__init__(num_slots * ROW_BYTES, ROW_BYTES)
@@ -35,13 +35,18 @@ class GatedTier(HostTier):
         self.may_load.set()
         self.may_store.set()
         self.loads: list[bytes] = []
+        self.error: Exception | None = None
 
     def store(self, block_hash: bytes, digest: int, row: Row) -> bool:
         assert self.may_store.wait(DEADLINE)
+        if self.error is not None:
+            raise self.error
         return super().store(block_hash, digest, row)
 
     def load(self, block_hash: bytes, row: Row) -> int | None:
         assert self.may_load.wait(DEADLINE)
+        if self.error is not None:
+            raise self.error
         self.loads.append(block_hash)
         return super().load(block_hash, row)
 
