@@ -144,15 +144,23 @@ class Planner:
         )
 
     def best_pools(self, slo: Slo) -> Option:
-        """The best ratio, the best budget at it, the best prompts on decode; the ratio again."""
+        """The better of two searches: from pools that part all work, and from mixed ones."""
+        apart = self._best_from(0, slo)
+        mixed = self._best_from(max(prompt_lengths(self._requests)), slo)
+        return mixed if mixed.goodput > MARGIN * apart.goodput else apart
+
+    def _best_from(self, local: int, slo: Slo) -> Option:
+        """The best ratio with prompts of so many tokens on decode, budget and prompts at it.
+
+        Where other prompts on decode are better, their best ratio.
+        """
         first = replace(self._limits, max_num_batched_tokens=FIRST_BUDGET)
-        half = first.with_pools(
-            self._num_workers // 2, self._num_workers - self._num_workers // 2, 0
-        )
+        prefill = self._num_workers // 2
+        half = first.with_pools(prefill, self._num_workers - prefill, local)
         found = self._best_budget(self._climb_ratio(half, slo), slo)
-        local = max(self._with_prompts(found.placement, slo), key=lambda other: other.goodput)
-        if local.goodput > MARGIN * found.goodput:
-            found = self.option(self._climb_ratio(local.placement, slo), slo)
+        other = max(self._with_prompts(found.placement, slo), key=lambda other: other.goodput)
+        if other.goodput > MARGIN * found.goodput:
+            found = self.option(self._climb_ratio(other.placement, slo), slo)
         return found
 
     def best_colocated(self, slo: Slo) -> Option:

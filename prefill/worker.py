@@ -198,7 +198,6 @@ class PrefillWorker:
 
     async def _steps(self) -> None:
         while True:
-            self._wake.clear()
             batch = self._scheduler.schedule()
             began = time.monotonic()
             step = self._engine.run(batch) if batch.rows else None
@@ -212,6 +211,7 @@ class PrefillWorker:
                 self._rate.add(batch.num_tokens, time.monotonic() - began)
                 self._commit(output)
             else:
+                self._wake.clear()
                 await self._wake.wait()
 
     def _commit(self, output: StepOutput) -> None:

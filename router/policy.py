@@ -109,9 +109,9 @@ def by_transfer(pool: Sequence[Worker], demand: Demand) -> Key:
     """The least KV to move, among workers with few enough sequences; else the fewest sequences.
 
     Few enough is ``SPREAD`` times the mean and ``SLACK`` times the square of the share of the
-    prompt that the worker holds: a beginning that all prompts have in common draws nobody. Consistent hashing with
-    bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018), where the cache decides in place of a
-    hash.
+    prompt that the worker holds: a beginning that all prompts have in common draws nobody.
+    Consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018), where the
+    cache decides in place of a hash.
     """
     mean = (sum(map(held_sequences, pool)) + 1) / max(1, len(pool))
 
