@@ -13,7 +13,6 @@ host's clock.
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
 import time
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.deployment import serving
+from cli.placement import add_niceness
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE, SHARE = 2e-3, 0.05  # seconds and share of the time to first token: the larger counts
@@ -67,7 +67,7 @@ def main(
     """Print the figures and write them to bench/results/timeline.json."""
     with serving(model, "--disaggregation", "always") as deployment:
         with suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, CLIENT_NICENESS)
+            add_niceness(CLIENT_NICENESS)
         rows = [
             measure(deployment.url, requests, number, prompt_tokens) for number in clients or (1, 8)
         ]

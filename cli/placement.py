@@ -1,9 +1,12 @@
-"""How workers on one host share its cores, so that they do not fight over them."""
+"""How processes on one host share its cores, so that they do not fight over them."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 PIN_FROM = 2  # cores of a worker; with one each, an idle worker's core would be lost to the others
 
@@ -34,3 +37,11 @@ def place(
         pinned = len(cores) // num_workers >= PIN_FROM if pin is None else pin
         placements.append(Placement(threads or len(share), frozenset(share) if pinned else None))
     return placements
+
+
+def add_niceness(more: int) -> None:
+    """To this process, and so to those that it starts. Raises PermissionError where it may not."""
+    os.nice(more)
+    # Linux may share cores out among sessions; niceness then counts within this process's only.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(more))

@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cli.placement import Placement, place
+from cli.placement import Placement, place, add_niceness
 from protocol.errors import ConfigError
 from protocol.logs import LogFormat
 
@@ -35,6 +35,7 @@ PR_SET_PDEATHSIG = 1
 # Rounds that a thread waits for the others of its step before it leaves its core: none at all
 # makes every barrier a system call, GNU OpenMP's default starves whoever shares the core.
 SPINS = "5000"
+WORKER_NICENESS = 5  # behind the router, whose work on a token or a request is short
 STOP_TIMEOUT = 10.0  # seconds until a child that was asked to stop is killed
 START_TIMEOUT = 600.0  # seconds; loading a large model from a slow disk takes a while
 
@@ -164,9 +165,12 @@ async def _start(name: str, arguments: list[str], placement: Placement | None) -
 
 
 def _prepare(placement: Placement | None) -> None:
-    """Called in the child: it dies with its parent, and keeps to its cores."""
+    """Called in the child: it dies with its parent; a worker gives way, and keeps to its cores."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if placement is not None and placement.cores is not None:
+    if placement is None:
+        return
+    add_niceness(WORKER_NICENESS)
+    if placement.cores is not None:
         os.sched_setaffinity(0, placement.cores)
 
 

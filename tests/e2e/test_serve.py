@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 
+from cli.serve import WORKER_NICENESS
 from tests.stack import eventually, free_port
 
 
@@ -68,6 +69,8 @@ def test_serves_and_leaves_nothing_behind(short_directory: Path, number: signal.
     assert eventually(lambda: "curl" in serve.text or serve.process.poll() is not None, 120)
     children = psutil.Process(serve.process.pid).children(recursive=True)
     assert len(children) == 3
+    nice = psutil.Process().nice()
+    assert sorted(child.nice() for child in children) == [nice, *2 * [nice + WORKER_NICENESS]]
     assert "prefill-0" in serve.text
     assert "decode-0" in serve.text
     assert "tcp" in serve.text
