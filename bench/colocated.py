@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +28,7 @@ from bench.deployment import serving
 from bench.serving.client import Client, served_model
 from bench.serving.connection import Endpoint
 from bench.serving.load import closed_loop, open_loop
-from bench.serving.measures import Measures, measure
+from bench.serving.measures import measure
 from bench.serving.prompts import TokenIds
 from bench.serving.record import Result, Run
 from bench.serving.workload import Item, Uniform, Workload
@@ -40,6 +42,7 @@ DEPLOYMENTS = {
     "1 prefill + 1 decode, auto": ["--disaggregation", "auto"],
     "2 colocated": ["--prefill", "0", "--decode", "2"],
 }
+SLOS = [Slo(0.05, 0.003), Slo(0.05, 0.01), Slo(0.2, 0.003), Slo(0.2, 0.01)]  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +78,21 @@ def main(
     short_prompt: Annotated[int, typer.Option(help="Tokens of a short prompt.", min=1)] = 32,
     long_prompt: Annotated[int, typer.Option(help="Tokens of a long prompt.", min=1)] = 1500,
     output: Annotated[int, typer.Option(help="Tokens of a short prompt's output.", min=8)] = 96,
-    ttft: Annotated[float, typer.Option(help="Objective, in seconds.")] = 1.0,
-    tpot: Annotated[float, typer.Option(help="Objective, in seconds.")] = 0.05,
 ) -> None:
     """Print the table and write it to bench/results/colocated.json."""
     load = Load(seconds, short_rate, long_rate, short_prompt, long_prompt, output)
-    slo = Slo(ttft, tpot)
     results: dict[str, list[Run]] = {name: [] for name in DEPLOYMENTS}
     paths: dict[str, float] = dict.fromkeys(DEPLOYMENTS, 0.0)  # shares of decode's own prompts
     for number in range(rounds):
         for name, options in DEPLOYMENTS.items():
             run, paths[name] = offer(model, options, load, seed=number + 1)
             results[name].append(run)
-    rows = [figures(name, together(runs), load, slo) for name, runs in results.items()]
+    rows = [figures(name, together(runs), load) for name, runs in results.items()]
     for row in rows:
         row["local"] = paths[row["deployment"]]
     show(rows)
     RESULTS.mkdir(exist_ok=True)
-    settings = {"model": model, "rounds": rounds, "slo": [ttft, tpot]}
-    record = {"settings": settings, "load": [getattr(load, f) for f in load.__slots__]}
+    record = {"settings": {"model": model, "rounds": rounds}, "load": asdict(load)}
     (RESULTS / "colocated.json").write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
 
 
@@ -134,18 +133,18 @@ def together(runs: list[Run]) -> Run:
     return Run(runs[0].rate, tuple(results), runs[0].client)
 
 
-def figures(name: str, run: Run, load: Load, slo: Slo) -> dict[str, Any]:
-    """One row. Seconds."""
-    whole = measure(run, slo)
-    is_short = [result for result in run.results if result.expected_tokens == load.output]
-    short: Measures = measure(replace(run, results=tuple(is_short)), slo)
-    long = measure(
-        replace(run, results=tuple(r for r in run.results if r.expected_tokens != load.output)), slo
+def figures(name: str, run: Run, load: Load) -> dict[str, Any]:
+    """One row. Seconds; goodput, in requests a second, for each objective."""
+    whole = {_text(slo): measure(run, slo) for slo in SLOS}
+    is_short = [result.expected_tokens == load.output for result in run.results]
+    short, long = (
+        measure(replace(run, results=tuple(compress(run.results, wanted))), SLOS[0])
+        for wanted in (is_short, map(not_, is_short))
     )
     return {
         "deployment": name,
-        "goodput": whole.goodput,
-        "errors": sum(whole.errors.values()),
+        "goodput": {text: measures.goodput for text, measures in whole.items()},
+        "errors": sum(whole[_text(SLOS[0])].errors.values()),
         "ttft_p50": short.ttft.p50,
         "ttft_p99": short.ttft.p99,
         "itl_p50": short.itl.p50,
@@ -154,17 +153,22 @@ def figures(name: str, run: Run, load: Load, slo: Slo) -> dict[str, Any]:
     }
 
 
+def _text(slo: Slo) -> str:
+    return f"TTFT {slo.ttft * 1e3:g}, TPOT {slo.tpot * 1e3:g} ms"
+
+
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table, in milliseconds."""
-    table = Table(box=None)
-    table.add_column("deployment")
+    """The tables, times in milliseconds."""
     times = ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "long_ttft_p50")
-    for heading in ("local", "goodput/s", "errors", *(f"{name} ms" for name in times)):
-        table.add_column(heading, justify="right")
+    latencies = Table("", "local", "errors", *times, title="latency of short prompts, ms")
+    goodputs = Table("", *rows[0]["goodput"], title="goodput, requests a second")
     for row in rows:
-        shown = [f"{row['local']:.0%}", f"{row['goodput']:.2f}", str(row["errors"])]
-        table.add_row(row["deployment"], *shown, *(f"{row[name] * 1e3:.1f}" for name in times))
-    Console().print(table)
+        shown = [f"{row['local']:.0%}", str(row["errors"])]
+        shown += [f"{row[name] * 1e3:.1f}" for name in times]
+        latencies.add_row(row["deployment"], *shown)
+        goodputs.add_row(row["deployment"], *(f"{rate:.2f}" for rate in row["goodput"].values()))
+    for table in (latencies, goodputs):
+        Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ def _kvferry(model: Path, site: Site, bound: float) -> Iterator[tuple[dict[str, 
         "decode": 1,
         "max-model-len": MAX_MODEL_LEN,
         "kv-cache-memory": KV_GIB,
+        "disaggregation": "always",
+        "max-queue-time": 600,  # all are served, however late
     }
     command = [sys.executable, "-m", "cli.main", "serve", *_flags(options)]
     variables = {"PYTHONPATH": str(REPOSITORY)}
