@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cli.placement import Placement, place, add_niceness
+from cli.placement import Placement, add_niceness, place
 from protocol.errors import ConfigError
 from protocol.logs import LogFormat
 
