@@ -84,7 +84,7 @@ def engines(
 def systems(
     model: Model,
     only: Only = None,
-    bound: Annotated[float, typer.Option(help="Seconds for each system, once it serves.")] = 180,
+    bound: Annotated[float, typer.Option(help="Seconds for each system, once it serves.")] = 300,
     resume: Resume = False,
     out: Out = None,
     venvs: Venvs = VENVS,

@@ -29,6 +29,10 @@ class PeerProcess:
         self._log = log
         self._received = b""
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def measures(self, metric: str, bound: float) -> Measure:
         """Let the process measure cases, which are dataclasses, for ``bound`` seconds in all."""
         deadline = time.monotonic() + bound
