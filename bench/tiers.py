@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli.main import DEMO_MODEL
+from cli.checkpoint import locate
 from engine.block_pool import BlockPool
 from engine.engine import Engine, EngineConfig
 from engine.rate import Rate
@@ -150,10 +150,9 @@ def main(
 ) -> None:
     """Print medians in milliseconds."""
     lengths = [int(length) for length in prompts.split(",")]
-    folder = str(DEMO_MODEL) if model == "demo" else model
     engine = Engine.load(
         EngineConfig(
-            model=folder,
+            model=locate(model),
             num_threads=threads,
             block_size=BLOCK_SIZE,
             num_blocks=2 * max(lengths) // BLOCK_SIZE + 8,

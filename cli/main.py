@@ -18,14 +18,13 @@ from prometheus_client import disable_created_metrics
 from rich.console import Console
 
 from cli import advise, autopilot, bench, plan, pools, profile
+from cli.checkpoint import locate, served_name
 from cli.option_groups import HttpOptions, RouterOptions, TierOptions, WorkerOptions, grouped
 from cli.options import ClusterKey, LogFormat, Model
 from cli.sizes import parse_size
 from protocol.errors import ConfigError, KvferryError
 from protocol.logs import TEXT, format_logs
 from protocol.messages import Role
-
-DEMO_MODEL = Path(__file__).parent / "demo_model"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,10 +74,10 @@ def serve(
     keys, admin_keys = _api_keys(http), _admin_keys(http)
     os.environ["KVFERRY_API_KEY"] = " ".join(keys)  # not on the router's command line
     os.environ["KVFERRY_ADMIN_API_KEY"] = " ".join(admin_keys)
-    named = replace(routing, served_model_name=routing.served_model_name or _default_name(model))
+    named = replace(routing, served_model_name=routing.served_model_name or served_name(model))
     disk = tiers.kv_disk_size if tiers.kv_disk_dir else None
     config = ServeConfig(
-        model=_checkpoint(model),
+        model=locate(model),
         num_prefill=prefill,
         num_decode=decode,
         host=http.host,
@@ -112,9 +111,9 @@ def router(
     """Run the router alone. Needs the model's tokenizer, not its weights."""
     from cli.router import RouterConfig, serve_router
 
-    named = replace(routing, served_model_name=routing.served_model_name or _default_name(model))
+    named = replace(routing, served_model_name=routing.served_model_name or served_name(model))
     config = RouterConfig(
-        model=_checkpoint(model),
+        model=locate(model),
         host=http.host,
         port=http.port,
         control=control,
@@ -177,7 +176,7 @@ def worker(
             disk_bytes=parse_size(tiers.kv_disk_size),
         ),
         engine=EngineConfig(
-            model=_checkpoint(model),
+            model=locate(model),
             device=options.device,
             dtype=options.dtype,
             quantization=options.quantization,
@@ -256,14 +255,6 @@ def _keys(given: list[str] | None, path: Path | None) -> tuple[str, ...]:
         return (*(given or ()), *(read_api_keys(path) if path else ()))
     except ConfigError as error:
         _exit(error)
-
-
-def _default_name(model: str) -> str:
-    return "kvferry-demo" if model == "demo" else model
-
-
-def _checkpoint(model: str) -> str:
-    return str(DEMO_MODEL) if model == "demo" else model
 
 
 def _arguments(**options: object) -> list[str]:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from cli.checkpoint import locate
 from cli.options import (
     BlockSize,
     Device,
@@ -72,13 +73,12 @@ def profile(
     ] = 2.0,
 ) -> None:
     """Time the steps of one worker's engine and fit the planner's latency model to them."""
-    from cli.main import DEMO_MODEL
     from engine.engine import Engine, EngineConfig
 
     longest = max(*contexts, max(chunks) + max(histories))
     size = block_size or SMALLEST_BLOCK
     config = EngineConfig(
-        model=str(DEMO_MODEL) if model == "demo" else model,
+        model=locate(model),
         device=device,
         dtype=dtype,
         quantization=quantization,

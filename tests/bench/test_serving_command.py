@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from cli.main import DEMO_MODEL, app
+from cli.checkpoint import DEMO_MODEL
+from cli.main import app
 from tests.bench.serving_endpoint import FakeEndpoint, serving, speaker
 from tests.stack import Stack
 
