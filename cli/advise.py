@@ -18,7 +18,8 @@ from planner.fit import observed_profile
 from planner.observed import Row, outcome_of, placement_of, repeated, requests_of
 from planner.outcome import Slo
 from planner.placement import Placement
-from planner.plan import MARGIN, Option, Plan, Planner
+from planner.plan import MARGIN, Plan, Planner
+from planner.search import Option
 from planner.simulator import simulate
 from planner.what_if import fits
 from planner.workload import at_rate, rate_of

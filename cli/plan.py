@@ -14,8 +14,9 @@ from rich.table import Table
 
 from cli.options import Attainment, SloTpot, SloTtft
 from planner.outcome import Slo
-from planner.plan import Option, Plan, Planner
+from planner.plan import Plan, Planner
 from planner.profile import PUBLISHED, WorkerProfile
+from planner.search import Option
 from planner.workload import Lengths, Request, generate, read_trace
 from protocol.errors import ConfigError
 

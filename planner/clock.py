@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 
@@ -15,6 +16,11 @@ class Clock:
         self.now = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Run no further call."""
+        self._stopped = True
 
     def at(self, time: float, call: Callable[[], None]) -> None:
         """Call at ``time``, which is not before ``now``."""
@@ -23,13 +29,17 @@ class Clock:
         heappush(self._events, (time, self._count, call))
 
     def run(self, arrivals: Iterable[Request], arrive: Callable[[Request], None]) -> None:
-        """Until no event is left. Arrivals, in order of time, are read only as they are due."""
+        """Until no event is left, or ``stop``. Arrivals, by time, are read only as they are due."""
         for request in arrivals:
-            while self._events and self._events[0][0] <= request.arrival:
-                self._next()
+            self._run_to(request.arrival)
+            if self._stopped:
+                return
             self.now = request.arrival
             arrive(request)
-        while self._events:
+        self._run_to(math.inf)
+
+    def _run_to(self, time: float) -> None:
+        while self._events and self._events[0][0] <= time and not self._stopped:
             self._next()
 
     def _next(self) -> None:

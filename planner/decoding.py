@@ -15,7 +15,6 @@ from typing import Protocol
 
 from decode.scheduler import DecodeScheduler
 from engine.block_pool import BlockPool
-from engine.sequence import Sequence
 from planner.job import Job
 from planner.outcome import Histogram
 from planner.placement import Placement
@@ -121,22 +120,13 @@ class LeapingDecode:
 
     def reserve(self, job: Job) -> bool:
         """See ``Decode``."""
-        request = job.request
-        final = Sequence(
-            job.kv.request_id,
-            [0] * (request.prompt_tokens + request.output_tokens),
-            request.prompt_tokens,
-            job.kv.sampling,
-            block_hashes=job.kv.block_hashes,
-        )
-        if not self.pool.reserve(final, request.prompt_tokens):
-            return False
-        job.kv = final
-        return True
+        pool, final = self.pool, job.request.num_tokens
+        room = pool.blocks_for(final) - pool.blocks_for(job.kv.num_tokens)
+        return pool.reserve(job.kv, job.kv.num_tokens, room) and pool.grow(job.kv, final)
 
     def add(self, job: Job) -> None:
         """See ``Decode``. A colocated sequence grows to its final length if it can."""
-        self.pool.grow(job.kv, job.request.prompt_tokens + job.request.output_tokens)
+        self.pool.grow(job.kv, job.request.num_tokens)
         self._waiting.append(job)
 
     def begin(self) -> DecodeWork:
@@ -168,7 +158,7 @@ class LeapingDecode:
         ended = []
         while self._running and self._running[0][0] == self._step:
             job = heappop(self._running)[2]
-            self._context -= job.request.prompt_tokens + job.request.output_tokens
+            self._context -= job.request.num_tokens
             job.last_token = now
             self.pool.release_sequence(job.kv)
             ended.append(job)

@@ -8,6 +8,7 @@ answers for every SLO that asks about the same rate.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 from planner.outcome import Outcome, Slo
@@ -20,6 +21,7 @@ GRID = 1.03  # between two neighbouring rates
 SLOWEST = math.ceil(math.log(1000, GRID))  # steps below the first guess until an SLO is hopeless
 FASTEST = math.ceil(math.log(30, GRID))  # steps above it until a trace is too short to tell
 USUAL_LOAD = 0.6  # of prefill's capacity at goodput: where the search begins
+ROUNDING = 1e-6  # of steps: rates of the grid come back as powers of GRID
 FIRST_STEP = 4  # of the search for a rate that meets an SLO and one that does not
 
 
@@ -39,6 +41,17 @@ class Candidate:
         self._detail = detail
         self._guess = _index(USUAL_LOAD * _prefill_capacity(requests, placement, profile))
         self._outcomes: dict[int, Outcome] = {}
+        self._given_up: dict[Slo, set[int]] = defaultdict(set)  # runs that missed an SLO
+
+    def exceeds(self, rate: float, slo: Slo) -> bool:
+        """Whether goodput is over ``rate``: one simulation, at the next rate of the grid.
+
+        Over 0 it takes the search for goodput.
+        """
+        if not rate:
+            return self.goodput(slo) > 0
+        above = math.floor(math.log(rate, GRID) + ROUNDING) + 1
+        return self._meets(max(self._guess - SLOWEST + 1, above), slo)
 
     def goodput(self, slo: Slo) -> float:
         """Requests a second, on the grid; 0 when even a rate 1000 times lower misses the SLO.
@@ -55,8 +68,8 @@ class Candidate:
         return GRID**low if low > self._guess - SLOWEST else 0.0
 
     def outcome(self, rate: float) -> Outcome:
-        """What the placement gives at a rate of the grid."""
-        return self._at(_index(rate))
+        """What the placement gives at a rate that ``goodput`` returned."""
+        return self._outcomes[_index(rate)]
 
     def duration(self, rate: float) -> float:
         """Seconds from the first arrival to the last at ``rate``."""
@@ -68,10 +81,12 @@ class Candidate:
 
         They come from what was simulated for other SLOs, or from ever wider steps.
         """
-        self._at(self._guess)
+        if not self._outcomes and not self._given_up[slo]:
+            self._meets(self._guess, slo)
         slowest, fastest = self._guess - SLOWEST, self._guess + FASTEST
         low = max((i for i in self._outcomes if self._meets(i, slo)), default=slowest)
-        high = min((i for i in self._outcomes if i > low), default=fastest)
+        seen = (*self._outcomes, *self._given_up[slo])
+        high = min((i for i in seen if i > low), default=fastest)
         step = FIRST_STEP
         while high == fastest and low + step < fastest:
             if self._meets(low + step, slo):
@@ -88,15 +103,27 @@ class Candidate:
         return low, high
 
     def _meets(self, index: int, slo: Slo) -> bool:
-        return self._at(index).attainment(slo) >= slo.attainment
-
-    def _at(self, index: int) -> Outcome:
+        """Whether a rate keeps the SLO. A run that can no longer is given up."""
+        if index in self._given_up[slo]:
+            return False
         if index not in self._outcomes:
-            requests = at_rate(self._requests, GRID**index)
-            self._outcomes[index] = simulate(
-                requests, self.placement, self._profile, detail=self._detail
+            num_requests = len(self._requests)
+
+            def hopeless(outcome: Outcome) -> bool:
+                return num_requests - outcome.num_missed(slo) < slo.attainment * num_requests
+
+            outcome = simulate(
+                at_rate(self._requests, GRID**index),
+                self.placement,
+                self._profile,
+                detail=self._detail,
+                give_up=hopeless,
             )
-        return self._outcomes[index]
+            if outcome.num_requests < num_requests:
+                self._given_up[slo].add(index)
+                return False
+            self._outcomes[index] = outcome
+        return self._outcomes[index].attainment(slo) >= slo.attainment
 
 
 def _index(rate: float) -> int:

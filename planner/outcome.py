@@ -73,10 +73,20 @@ class Outcome:
         """Mean seconds between the tokens of every served request, in order of their ends."""
         return np.asarray(self._tpot)
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that ended or were rejected."""
+        return len(self._ttft) + self.num_rejected
+
+    def num_missed(self, slo: Slo) -> int:
+        """Of them, those that did not meet both deadlines."""
+        met = (self.ttft <= slo.ttft) & (self.tpot <= slo.tpot)
+        return self.num_requests - int(met.sum())
+
     def attainment(self, slo: Slo) -> float:
         """Share of all requests, rejected ones included, that met both deadlines."""
-        met = int(((self.ttft <= slo.ttft) & (self.tpot <= slo.tpot)).sum())
-        return met / max(1, len(self._ttft) + self.num_rejected)
+        total = self.num_requests
+        return (total - self.num_missed(slo)) / max(1, total)
 
     def figures(self) -> dict[str, float]:
         """Percentiles, in seconds, by name."""

@@ -1,41 +1,29 @@
 """From an SLO, a workload and a number of workers to a pool ratio, or to no pools at all.
 
-The ratio is found by climbing: goodput has one hill over it (too few prefill workers queue
-prompts, too few decode workers fill batches). Then every token budget is tried at that ratio, and
-then how long prompts may be that decode computes itself (``router.disaggregation``).
+Every ratio of two pools is tried with every token budget and every length of prompts that decode
+computes itself (``router.disaggregation``): ``planner.search`` says how that is quick.
 Colocated workers with chunked prefill, on the same latency model and with their own best budget,
 are the baseline; pools that do not clearly beat them are not worth their transfers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from planner.goodput import Candidate
 from planner.outcome import Slo
 from planner.placement import Placement
 from planner.profile import WorkerProfile
+from planner.search import Option, Search
 from planner.simulator import simulate
 from planner.workload import Request, at_rate, prompt_lengths
-from protocol.errors import ConfigError
 
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)  # tokens of a step
-FIRST_BUDGET = 2048
 USUAL_LIMITS = Placement(colocated=1)
 MARGIN = 1.05  # by which pools must beat colocation, and prompts on decode none there
 MAP_FACTORS = (0.5, 1.0, 2.0)  # of both deadlines
 LONG_ENOUGH = 5  # a run's duration over the time of a median request
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A placement, the highest rate (requests a second) at which it keeps the SLO, and how."""
-
-    placement: Placement
-    goodput: float
-    figures: dict[str, float]  # seconds by name, at that rate; empty when it keeps it at none
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +100,11 @@ class Planner:
         num_workers: int,
         limits: Placement = USUAL_LIMITS,
     ) -> None:
-        if num_workers < 1:
-            raise ConfigError("a plan needs at least one worker")
         self._requests = requests
         self._profile = profile
         self._num_workers = num_workers
-        self._limits = limits
-        self._candidates: dict[Placement, Candidate] = {}
+        self._budgets = [replace(limits, max_num_batched_tokens=budget) for budget in BUDGETS]
+        self._search = Search(requests, profile, num_workers)
 
     def plan(self, slo: Slo, *, with_map: bool = True) -> Plan:
         """The best placement for ``slo`` and what surrounds it."""
@@ -144,60 +130,23 @@ class Planner:
         )
 
     def best_pools(self, slo: Slo) -> Option:
-        """The better of two searches: from pools that part all work, and from mixed ones."""
-        apart = self._best_from(0, slo)
-        mixed = self._best_from(max(prompt_lengths(self._requests)), slo)
-        return mixed if mixed.goodput > MARGIN * apart.goodput else apart
-
-    def _best_from(self, local: int, slo: Slo) -> Option:
-        """The best ratio with prompts of so many tokens on decode, budget and prompts at it.
-
-        Where other prompts on decode are better, their best ratio.
-        """
-        first = replace(self._limits, max_num_batched_tokens=FIRST_BUDGET)
-        prefill = self._num_workers // 2
-        half = first.with_pools(prefill, self._num_workers - prefill, local)
-        found = self._best_budget(self._climb_ratio(half, slo), slo)
-        other = max(self._with_prompts(found.placement, slo), key=lambda other: other.goodput)
-        if other.goodput > MARGIN * found.goodput:
-            found = self.option(self._climb_ratio(other.placement, slo), slo)
-        return found
+        """The best without prompts on decode, or with them where that is clearly better."""
+        lengths = prompt_lengths(self._requests)[1:]
+        apart = [budget.with_pools(1, 1, 0) for budget in self._budgets]
+        mixed = [replace(pools, local_prefill_tokens=most) for pools in apart for most in lengths]
+        best = self._search.best_pools(apart, slo)
+        above = MARGIN * best.goodput if best else 0.0
+        found = self._search.best_pools(mixed, slo, above) or best
+        return found or self.option(apart[0].with_pools(1, self._num_workers - 1), slo)
 
     def best_colocated(self, slo: Slo) -> Option:
         """Colocated workers with their best budget."""
-        return self._best_budget(self._limits.with_pools(0, self._num_workers), slo)
+        tried = [budget.with_pools(0, self._num_workers) for budget in self._budgets]
+        return self._search.best(tried, slo) or self.option(tried[0], slo)
 
     def option(self, placement: Placement, slo: Slo) -> Option:
         """A placement's goodput and its figures there."""
-        candidate = self._candidate(placement)
-        goodput = candidate.goodput(slo)
-        return Option(placement, goodput, candidate.outcome(goodput).figures() if goodput else {})
-
-    def _candidate(self, placement: Placement) -> Candidate:
-        if placement not in self._candidates:
-            self._candidates[placement] = Candidate(self._requests, placement, self._profile)
-        return self._candidates[placement]
-
-    def _goodput(self, placement: Placement, slo: Slo) -> float:
-        return self._candidate(placement).goodput(slo)
-
-    def _climb_ratio(self, start: Placement, slo: Slo) -> Placement:
-        def ratio(prefill: int) -> Placement:
-            return start.with_pools(prefill, self._num_workers - prefill)
-
-        over = range(1, self._num_workers)
-        return ratio(climb(lambda prefill: self._goodput(ratio(prefill), slo), over, start.prefill))
-
-    def _best_budget(self, placement: Placement, slo: Slo) -> Option:
-        """All of them are tried: goodput has more than one hill over the budget."""
-        tried = [replace(placement, max_num_batched_tokens=budget) for budget in BUDGETS]
-        return self.option(max(tried, key=lambda other: self._goodput(other, slo)), slo)
-
-    def _with_prompts(self, placement: Placement, slo: Slo) -> list[Option]:
-        """A ratio with every length of prompts on decode."""
-        lengths = prompt_lengths(self._requests)
-        tried = [replace(placement, local_prefill_tokens=tokens) for tokens in lengths]
-        return [self.option(other, slo) for other in tried]
+        return self._search.option(placement, slo)
 
     def _neighbours(self, best: Placement, slo: Slo) -> list[Option]:
         """The best ratio and up to two on either side: how flat the hill is."""
@@ -210,19 +159,20 @@ class Planner:
         at = BUDGETS.index(best.max_num_batched_tokens)
         budgets = BUDGETS[max(0, at - 1) : at + 2]
         options = [self.option(replace(best, max_num_batched_tokens=b), slo) for b in budgets]
-        options += self._with_prompts(best, slo)
+        lengths = prompt_lengths(self._requests)
+        options += [self.option(replace(best, local_prefill_tokens=n), slo) for n in lengths]
         return [option for option in options if option.placement != best]
 
     def _map(self, slo: Slo, ratios: list[Option]) -> list[MapCell]:
-        start = max(ratios, key=lambda option: option.goodput).placement
+        pools = max(ratios, key=lambda option: option.goodput).placement
         cells = []
         for ttft in (slo.ttft * factor for factor in MAP_FACTORS):
             for tpot in (slo.tpot * factor for factor in MAP_FACTORS):
                 asked = replace(slo, ttft=ttft, tpot=tpot)
-                pools = self._climb_ratio(start, asked)
                 colocated = self.best_colocated(asked).goodput
-                goodput = self._goodput(pools, asked)
-                cells.append(MapCell(ttft, tpot, goodput, pools.prefill, colocated))
+                best = self._search.best_pools([pools], asked)
+                found = (best.goodput, best.placement.prefill) if best else (0.0, pools.prefill)
+                cells.append(MapCell(ttft, tpot, *found, colocated))
         return cells
 
     def _check(self, best: Option, slo: Slo) -> float | None:
@@ -235,7 +185,7 @@ class Planner:
     def _notes(self, best: Option) -> list[str]:
         if not best.goodput:
             return []
-        duration = self._candidate(best.placement).duration(best.goodput)
+        duration = self._search.candidate(best.placement).duration(best.goodput)
         outputs = median(request.output_tokens for request in self._requests)
         needed = LONG_ENOUGH * (best.figures["ttft_p50"] + outputs * best.figures["tpot_p50"])
         if duration >= needed:
@@ -245,26 +195,3 @@ class Planner:
             f"{count} requests last {duration:.1f} s at this rate, too short for queues and "
             f"batches to settle: use {round(count * needed / duration, -2):.0f} or more"
         ]
-
-
-def climb(score: Callable[[int], float], over: range, start: int) -> int:
-    """The top of the hill around ``start``: wide steps first, then single ones.
-
-    At most 2·log2 of the range in wide steps; equal scores end the climb.
-    """
-    scores: dict[int, float] = {}
-
-    def scored(index: int) -> float:
-        if index not in scores:
-            scores[index] = score(index)
-        return scores[index]
-
-    best, step = min(max(start, over.start), over.stop - 1), max(1, len(over) // 8)
-    while step:
-        near = [index for index in (best - step, best + step) if index in over]
-        higher = max(near, key=scored, default=best)
-        if scored(higher) > scored(best):
-            best = higher
-        else:
-            step //= 2
-    return best

@@ -71,7 +71,7 @@ class RouterPolicy:
         prompt = job.request.prompt_tokens
         num_blocks = (prompt - 1) // self._block_size
         keys = list(map(hash, job.sequence.block_hashes[:num_blocks]))
-        demand = Demand(prompt, prompt + job.request.output_tokens, lambda _: keys)
+        demand = Demand(prompt, job.request.num_tokens, lambda _: keys)
         pair = self._disaggregation.choose(self._registry, demand)
         if pair is None:
             return None
@@ -145,7 +145,7 @@ class Places:
         self._blocks[index] -= self._needed(request)
 
     def _needed(self, request: Request) -> int:
-        return -(-(request.prompt_tokens + request.output_tokens) // self._block_size)
+        return -(-request.num_tokens // self._block_size)
 
 
 class Prompts:

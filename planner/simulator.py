@@ -31,6 +31,8 @@ from planner.workload import Request
 from prefill.scheduler import PrefillScheduler
 from protocol.errors import ConfigError
 
+LOOK_EVERY = 16  # ends between two looks at whether to go on
+
 Detail = Literal["exact", "fast"]
 
 
@@ -42,8 +44,9 @@ def simulate(
     detail: Detail = "fast",
     route: Callable[[Placement, WorkerProfile], Route] | None = None,
     elastic: bool = False,
+    give_up: Callable[[Outcome], bool] = lambda _: False,
 ) -> Outcome:
-    """Run every request to its end.
+    """Run every request to its end, or until ``give_up`` is true of the outcome so far.
 
     ``requests`` come in order of arrival and are read one at a time. ``route`` replaces the
     router's policy; with ``elastic`` every worker can serve in both roles, all of them are
@@ -54,8 +57,8 @@ def simulate(
         raise ConfigError(f"{profile.kv_tokens} tokens of KV do not hold one block")
     if route is None:
         route = RouterPolicy if detail == "exact" and not placement.colocated else LeastLoaded
-    simulation = _Simulation(placement, profile, detail, route(placement, profile), elastic)
-    return simulation.run(requests)
+    chosen = route(placement, profile)
+    return _Simulation(placement, profile, detail, chosen, elastic, give_up).run(requests)
 
 
 class _Simulation:
@@ -68,7 +71,9 @@ class _Simulation:
         detail: Detail,
         route: Route,
         elastic: bool,
+        give_up: Callable[[Outcome], bool],
     ) -> None:
+        self._give_up = give_up
         self._placement = placement
         self._profile = profile
         self._route = route
@@ -108,13 +113,13 @@ class _Simulation:
         self._pending: list[deque[Job]] = [deque() for _ in self._decode]  # want room in decode
 
     def run(self, requests: Iterable[Request]) -> Outcome:
-        """Everything, to the end."""
+        """Everything, to the end or until it is given up."""
         self._clock.run(requests, self._arrive)
         return self._outcome
 
     def _arrive(self, request: Request) -> None:
         capacity = self._profile.kv_tokens // self._placement.block_size
-        needed = -(-(request.prompt_tokens + request.output_tokens) // self._placement.block_size)
+        needed = -(-request.num_tokens // self._placement.block_size)
         if needed > capacity:
             self._outcome.num_rejected += 1
             return
@@ -220,6 +225,8 @@ class _Simulation:
         others = job.request.output_tokens - 1
         tpot = (job.last_token - job.first_token) / others if others else 0.0
         self._outcome.add(job.first_token - job.request.arrival, tpot)
+        if self._outcome.num_requests % LOOK_EVERY == 0 and self._give_up(self._outcome):
+            self._clock.stop()
         self._grant_pending(decode)
         self._place()
 

@@ -97,16 +97,18 @@ class SimulatedWorker:
 
     def _next_chunks(self, taken: int) -> Batch:
         """The prompt chunks of the next step; ``taken`` tokens of it are decode's."""
-        if self.prefill is None:
+        if self.prefill is None or not self._jobs:
             return Batch(())
         self.prefill.max_num_batched_tokens = prompt_budget(self._budget, taken)
         batch = self.prefill.schedule()
-        for sequence in list(self.prefill.prompts_to_offer()):
-            job = self._jobs[sequence.request_id]
-            if not job.asked:
-                job.asked = True
-                self._offer(job)
-        return batch if batch.rows else self.prefill.schedule()  # a grant may have come at once
+        offers = [self._jobs[sequence.request_id] for sequence in self.prefill.prompts_to_offer()]
+        new_offers = [job for job in offers if not job.asked]
+        for job in new_offers:
+            job.asked = True
+            self._offer(job)
+        if batch.rows or not new_offers:
+            return batch
+        return self.prefill.schedule()  # a grant may have come at once
 
     def _seconds(self, steps: int) -> float:
         """The time of ``steps`` steps of the present work, by their mean context."""

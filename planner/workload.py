@@ -33,6 +33,11 @@ class Request:
     prefix: tuple[int, ...] = ()
     cached_tokens: int = 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Of its sequence at the end: prompt and output."""
+        return self.prompt_tokens + self.output_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Lengths:

@@ -140,8 +140,8 @@ def _vllm(model: Path, site: Site, bound: float) -> Iterator[tuple[dict[str, Any
         processes.append(stack.enter_context(running(command, {}, site.cores, log, answers=False)))
         for role in ("prefill", "decode"):
             _wait_until_ready(f"{urls[role]}/health", processes)
-        for server, core in zip(processes, (site.cores[0], site.cores[-1]), strict=False):
-            _keep_to_core(server.pid, core)
+        _keep_to_core(processes[0].pid, site.cores[0])
+        _keep_to_core(processes[1].pid, site.cores[-1])
         yield {"recipe": RECIPES["vllm"].stamp}, _measure(model, urls["proxy"], bound)
 
 

@@ -11,6 +11,7 @@ import pytest
 from engine.block_pool import BlockPool
 from planner import simulator
 from planner.job import Job
+from planner.outcome import Slo
 from planner.placement import Placement
 from planner.profile import PUBLISHED, WorkerProfile
 from planner.routing import LeastLoaded
@@ -21,6 +22,7 @@ from tests.planner.profiles import profile
 
 DETAILS: tuple[Detail, ...] = ("exact", "fast")
 PAIR = Placement(prefill=1, decode=1)
+TIGHT = Slo(1.0, 1.0)
 H200 = PUBLISHED["h200-llama-3.1-8b"]
 
 
@@ -155,6 +157,15 @@ def test_what_fits_no_worker_is_rejected(detail: Detail) -> None:
     requests = [Request(0.0, 600, 100), Request(0.0, 600, 10)]
     outcome = simulate(requests, PAIR, small, detail=detail)
     assert (len(outcome.ttft), outcome.num_rejected) == (1, 1)
+
+
+def test_a_run_ends_when_it_is_given_up(detail: Detail) -> None:
+    requests = list(generate(rate=50, count=200, prompt=Lengths(300), output=Lengths(2)))
+    outcome = simulate(
+        requests, PAIR, profile(), detail=detail, give_up=lambda seen: seen.num_missed(TIGHT) > 20
+    )
+    assert 20 < outcome.num_missed(TIGHT) <= 20 + simulator.LOOK_EVERY
+    assert outcome.num_requests < len(requests)
 
 
 def test_a_worker_without_a_block_is_refused() -> None:
