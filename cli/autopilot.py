@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import mean
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cli.admin_client import fetch
-from cli.autopilot_journal import Journal
+from cli.autopilot_journal import Journal, Trouble
 from cli.options import Attainment, OperatorKey, RouterUrl, SloTpot, SloTtft
 from cli.scaling import Scale, chosen_scale
 from planner.autopilot import decide, judge, predictor
@@ -101,26 +101,31 @@ class Autopilot:
         self._limits, self._journal, self._scale = limits, journal, scale
         self._interval = interval
         self._state = State.at_start(time.monotonic(), limits)
-        self._trouble: str | None = None
+        self._troubles: dict[Trouble, str] = {}  # that last
 
     def look(self) -> None:
         """Observe, judge former decisions, decide, carry it out, and tell the router."""
+        if self._succeeds(self._look, "waiting"):
+            self._succeeds(self._report, "unreported")
+
+    def _succeeds(self, step: Callable[[], None], trouble: Trouble) -> bool:
         try:
-            self._look()
-            self._report()
+            step()
         except KvferryError as error:
-            if str(error) != self._trouble:
-                self._journal.waiting(str(error))
-            self._trouble = str(error)
-        else:
-            self._trouble = None
+            if self._troubles.get(trouble) != str(error):
+                self._journal.trouble(trouble, str(error))
+            self._troubles[trouble] = str(error)
+            return False
+        self._troubles.pop(trouble, None)
+        return True
 
     def _look(self) -> None:
         workers = self._ask("/admin/workers")["workers"]
         told = self._ask(f"/admin/workload?seconds={self._limits.window:g}")["rows"]
         rows = [Row(*row) for row in told]
         change = self._ask("/admin/pools")["change"]
-        seen = observe(workers, rows, change, self._ask("/admin/disaggregation"))
+        disaggregation, queue = self._ask("/admin/disaggregation"), self._ask("/admin/queue")
+        seen = observe(workers, rows, change, disaggregation, queue, self._limits.window)
         now = time.monotonic()
         self._state, judged = judge(seen, self._state, now, self._limits)
         for one in judged:
@@ -143,10 +148,7 @@ class Autopilot:
             "interval": self._interval,
             "decisions": self._journal.decisions(),
         }
-        try:
-            self._ask("/admin/autopilot", "PUT", report)
-        except KvferryError as error:
-            raise KvferryError(f"the console shows no decisions: {error}") from error
+        self._ask("/admin/autopilot", "PUT", report)
 
     def _ask(self, path: str, method: str = "GET", body: object = None) -> Any:
         return fetch(self._url, path, self._api_key, method=method, body=body)
@@ -179,24 +181,24 @@ def observe(
     rows: Sequence[Row],
     change: dict[str, Any] | None,
     disaggregation: dict[str, Any],
+    queue: dict[str, Any],
+    window: float,
 ) -> Observation:
-    """What the router's answers say, for a decision."""
+    """What the router's answers say, for a decision that looks back for ``window`` seconds."""
     serving = [worker for worker in workers if worker["state"] == "serving"]
     prefill = [worker for worker in serving if worker["role"] == "prefill"]
     if disaggregation["mode"] == "never":
         prefill = []  # they idle: one pool does all
-    loads = [worker["load"] for worker in prefill]
-    waits = [
-        load["waiting_tokens"] / load["prefill_tokens_per_second"]
-        for load in loads
-        if load["prefill_tokens_per_second"]
+    queued = [
+        Row(window - age, num_tokens, 0, 0, None, None) for age, num_tokens in queue["requests"]
     ]
     adjustable = disaggregation["mode"] == "auto"
     local = disaggregation["longest_local_prompt"] if adjustable else None
     return Observation(
         Pools(len(prefill), len(serving) - len(prefill), local),
         rows,
-        wait=min(waits, default=0.0),
-        num_open=sum(worker["requests"] for worker in workers),
+        [row for row in queued if row.arrival >= 0],
+        queue["wait"],
+        num_open=len(queued) + sum(worker["requests"] for worker in workers),
         changing=change is not None and change["state"] == "running",
     )

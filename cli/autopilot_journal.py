@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
@@ -17,6 +17,8 @@ from planner.autopilot_terms import Decision
 from protocol.errors import ConfigError
 
 REMEMBERED = 50  # decisions
+
+Trouble = Literal["waiting", "unreported"]
 
 
 class Journal:
@@ -38,9 +40,9 @@ class Journal:
             registry=self.registry,
         )
 
-    def waiting(self, reason: str) -> None:
-        """Nothing can be decided, or reported."""
-        _write({"time": _now(), "event": "waiting", "reason": reason})
+    def trouble(self, kind: Trouble, reason: str) -> None:
+        """The router cannot be asked, or takes no report: it shows none of the decisions."""
+        _write({"time": _now(), "event": kind, "reason": reason})
 
     def decided(self, decision: Decision, done: bool, error: str | None) -> None:
         """A decision, and whether it was carried out."""

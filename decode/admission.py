@@ -133,7 +133,7 @@ class Admission:
         return self._arrived(grant, now)
 
     def _receive_failed(self, grant: OpenGrant, event: adm.ReceiveFailed, now: float) -> Actions:
-        return self._fail(grant, WorkerLostError(f"KV transfer failed: {event.reason}"))
+        return self._fail(grant, WorkerLostError(f"KV transfer failed: {event.reason}"), now)
 
     def _offered(self, grant: OpenGrant, event: FromPeer[Handoff], now: float) -> Actions:
         handoff = event.message
@@ -142,11 +142,11 @@ class Admission:
         error = self._terms.disagreement(grant, handoff)
         if error is not None:
             self.integrity_failures["handoff"] += 1
-            return self._fail(grant, error)
+            return self._fail(grant, error, now)
         if grant.handoff is None:  # everything was sent: what is missing must be close behind
             grant.handoff = handoff
             grant.expires = min(grant.expires, now + LATE_BLOCKS)
-        return self._admit_if_complete(grant)
+        return self._admit_if_complete(grant, now)
 
     def _offered_again(self, _: OpenGrant | None, event: FromPeer[Handoff], now: float) -> Actions:
         answer = self._acceptances.repeat(event.peer, event.message)
@@ -160,7 +160,7 @@ class Admission:
 
     def _cancelled(self, grant: OpenGrant | None, event: adm.Cancelled, now: float) -> Actions:
         self.grants.cancel(event.request_id)
-        closing = self._close(grant) if grant is not None else []
+        closing = self._close(grant, now) if grant is not None else []
         return [*closing, adm.Abandon(event.request_id)]
 
     def _expired(self, grant: OpenGrant, _: adm.Tick, now: float) -> Actions:
@@ -168,12 +168,12 @@ class Admission:
             return []
         if grant.handoff is not None and now < grant.deadline:
             self.integrity_failures["missing"] += 1
-            return self._admit(grant, grant.handoff, without_blocks(grant.sequence))
+            return self._admit(grant, grant.handoff, without_blocks(grant.sequence), now)
         self.num_expired += 1
-        return self._fail(grant, grant.expiry(now))
+        return self._fail(grant, grant.expiry(now), now)
 
     def _end(self, grant: OpenGrant, _: FromPeer[Revoke] | adm.RouterLost, now: float) -> Actions:
-        return self._close(grant)
+        return self._close(grant, now)
 
     def _closed(self, grant: OpenGrant, _: adm.Closed, now: float) -> Actions:
         self.grants.forget(grant)
@@ -221,9 +221,9 @@ class Admission:
         """Some of the blocks are in place: the others may take as long again."""
         patience = LATE_BLOCKS if grant.handoff else self._grant_timeout
         grant.expires = min(grant.deadline, now + patience)
-        return self._admit_if_complete(grant)
+        return self._admit_if_complete(grant, now)
 
-    def _admit_if_complete(self, grant: OpenGrant) -> Actions:
+    def _admit_if_complete(self, grant: OpenGrant, now: float) -> Actions:
         handoff = grant.handoff
         if handoff is None or not grant.complete:
             return []
@@ -231,30 +231,31 @@ class Admission:
         if damaged:
             self.integrity_failures["digest"] += 1
         if damaged or not grant.held_whole:
-            return self._admit(grant, handoff, without_blocks(grant.sequence))
+            return self._admit(grant, handoff, without_blocks(grant.sequence), now)
         sequence = grant.sequence
         sequence.num_computed = sequence.num_tokens
         self._pool.publish(sequence, 0)
         grant.sequence = without_blocks(sequence)  # the blocks now belong to the sequence
         grant.whole = True
-        return self._admit(grant, handoff, sequence)
+        return self._admit(grant, handoff, sequence, now)
 
-    def _admit(self, grant: OpenGrant, handoff: Handoff, sequence: Sequence) -> Actions:
+    def _admit(self, grant: OpenGrant, handoff: Handoff, sequence: Sequence, now: float) -> Actions:
         """Let decode have the sequence, which it computes if the blocks stay with the grant."""
         sequence.token_ids.append(handoff.first_token)
         assert grant.peer is not None, "nobody else hands off"
         answer = self._acceptances.accept(grant.peer, handoff)
         admit = adm.Admit(sequence, grant.router_id, grant.deadline)
-        return [*self._close(grant), admit, adm.Reply(grant.peer, answer)]
+        return [*self._close(grant, now), admit, adm.Reply(grant.peer, answer)]
 
-    def _close(self, grant: OpenGrant) -> Actions:
+    def _close(self, grant: OpenGrant, now: float) -> Actions:
+        """Its followers' own time begins: until now they waited for this one's blocks."""
         if not self.grants.close(grant):
             return []
-        freed = [action for each in part(grant) for action in self._admit_if_complete(each)]
+        freed = [action for each in part(grant) for action in self._arrived(each, now)]
         return [adm.CloseReceive(grant.grant_id), *freed]
 
-    def _fail(self, grant: OpenGrant, error: KvferryError) -> Actions:
-        return [*self._close(grant), adm.failed(grant.router_id, grant.request_id, error)]
+    def _fail(self, grant: OpenGrant, error: KvferryError, now: float) -> Actions:
+        return [*self._close(grant, now), adm.failed(grant.router_id, grant.request_id, error)]
 
 
 Transition = Callable[[Admission, Any, Any, float], Actions]

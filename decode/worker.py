@@ -20,6 +20,7 @@ from prometheus_client.core import Metric
 from decode import admission_events as adm
 from decode.admission import Admission
 from decode.metrics import metrics
+from decode.news import first_token, update
 from decode.prompt_rate import PromptRate
 from decode.residents import Resident, Residents
 from decode.scheduler import DecodeScheduler, NewToken
@@ -35,7 +36,6 @@ from protocol.link import Server
 from protocol.logs import about
 from protocol.messages import (
     Cancel,
-    FirstToken,
     GenerateRequest,
     GrantRequest,
     Handoff,
@@ -46,7 +46,6 @@ from protocol.messages import (
     TokenUpdate,
     WorkerLoad,
 )
-from protocol.sampling import TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -203,19 +202,12 @@ class DecodeWorker:
         for new in news:
             request_id = new.sequence.request_id
             resident = self._residents.get(request_id)
-            logprobs = output.logprobs.get(request_id)
-            if resident.awaits_first_token:
-                self._send(resident.router_id, _first_token(new, logprobs, resident.account(now)))
+            logprobs, is_first = output.logprobs.get(request_id), resident.awaits_first_token
+            account = resident.account(now)
+            if is_first:
+                self._send(resident.router_id, first_token(new, logprobs, account))
             else:
-                update = TokenUpdate(
-                    request_id=request_id,
-                    index=new.sequence.num_output_tokens - 1,
-                    token_ids=[new.token_id],
-                    finish_reason=new.finish_reason,
-                    logprobs=None if logprobs is None else [logprobs],
-                    account=resident.account(now),
-                )
-                by_router[resident.router_id].append(update)
+                by_router[resident.router_id].append(update(new, logprobs, account))
             if new.finish_reason is not None:
                 self._residents.remove(request_id)
         for router_id, updates in by_router.items():
@@ -287,18 +279,3 @@ class DecodeWorker:
             action.count,
             lambda num_blocks: self._handle(adm.Loaded(action.grant_id, num_blocks)),
         )
-
-
-def _first_token(
-    new: NewToken, logprobs: TokenLogprobs | None, account: dict[str, float]
-) -> FirstToken:
-    return FirstToken(
-        request_id=new.sequence.request_id,
-        index=new.sequence.num_output_tokens - 1,
-        token_id=new.token_id,
-        finish_reason=new.finish_reason,
-        num_cached_tokens=new.sequence.num_cached,
-        logprobs=logprobs,
-        prompt_logprobs=new.sequence.all_prompt_logprobs(),
-        account=account,
-    )

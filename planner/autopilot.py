@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 from planner.autopilot_terms import Decision, Limits, Observation, Pools, Predict, State
 from planner.observed import Row, outcome_of, requests_of
@@ -55,7 +56,7 @@ def decide(
     decision = None
     if not seen.num_open and not _since(seen.rows, limits, limits.cool_down):
         decision = _idle(seen, now, limits)
-    elif not _requests(seen.rows):
+    elif not _requests(_came(seen)):
         return state, None  # too little to go by: look again soon
     elif now >= state.forecast_due:
         state = replace(state, forecast_due=now + limits.forecast_every)
@@ -82,7 +83,7 @@ def judge(
             waiting.append(one)
             continue
         begin = now - limits.window
-        rows = [row for row in seen.rows if one.at <= begin + row.arrival < end]
+        rows = [row for row in _known(seen, limits) if one.at <= begin + row.arrival < end]
         share = outcome_of(rows).attainment(limits.slo) if rows else None
         judged.append(replace(one, outcome=share))
     return replace(state, unjudged=tuple(waiting)), judged
@@ -101,7 +102,7 @@ def _forecast(
     seen: Observation, state: State, now: float, limits: Limits, predict: Predict
 ) -> tuple[State, Decision | None]:
     """The best pools for the window's busiest part, coming faster by the slack."""
-    requests = _requests(seen.rows)
+    requests = _requests(_came(seen))
     present, faster = seen.pools, _faster(requests, limits.slack)
     shares = _shares(faster, _ratios(present, NEAR), present, limits, predict)
     good = [pools.prefill for pools, share in shares.items() if share >= limits.slo.attainment]
@@ -152,7 +153,7 @@ def _other_number(
 
 
 def _misses(seen: Observation, limits: Limits) -> bool:
-    rows = _since(seen.rows, limits, limits.recent)
+    rows = _since(_known(seen, limits), limits, limits.recent)
     late = bool(rows) and outcome_of(rows).attainment(limits.slo) < limits.slo.attainment
     return late or seen.wait > limits.slo.ttft
 
@@ -161,7 +162,7 @@ def _react(
     seen: Observation, state: State, now: float, limits: Limits, predict: Predict
 ) -> Decision | None:
     """One worker to the other pool, within what the forecast allows, or other prompts on decode."""
-    requests = _requests(_since(seen.rows, limits, limits.recent))
+    requests = _requests(_since(_came(seen), limits, limits.recent))
     if not requests:
         return None
     present, allowed = seen.pools, state.allowed
@@ -222,6 +223,17 @@ def _best(shares: dict[Pools, float], present: Pools) -> Pools:
 def _margin(best: float, limits: Limits) -> float:
     """What a change must gain. Where nothing helps much, shares vary more than pools differ."""
     return limits.margin if best >= CLOSE * limits.slo.attainment else limits.far_margin
+
+
+def _came(seen: Observation) -> list[Row]:
+    """What came, by arrival, whether it has ended or waits."""
+    return sorted((*seen.rows, *seen.queued), key=attrgetter("arrival"))
+
+
+def _known(seen: Observation, limits: Limits) -> list[Row]:
+    """What kept or missed its deadlines: what ended, and what waits past its first deadline."""
+    last = limits.window - limits.slo.ttft
+    return [*seen.rows, *(row for row in seen.queued if row.arrival < last)]
 
 
 def _since(rows: Sequence[Row], limits: Limits, seconds: float) -> list[Row]:

@@ -69,14 +69,15 @@ class Limits:
 class Observation:
     """A running system at one moment.
 
-    ``rows`` are the requests that ended, of those that came in the last ``Limits.window`` seconds,
-    by arrival, which counts from the window's begin.
+    ``rows`` are the requests that ended, ``queued`` those that no worker has yet, of those that
+    came in the last ``Limits.window`` seconds, by arrival, which counts from the window's begin.
     """
 
     pools: Pools
     rows: Sequence[Row]
+    queued: Sequence[Row] = ()
     wait: float = 0.0  # seconds that a prompt which comes now would queue
-    num_open: int = 0  # requests under way
+    num_open: int = 0  # requests under way, the queued ones included
     changing: bool = False  # an earlier change is
 
 

@@ -10,9 +10,8 @@ An event goes in, actions come out; the clock is passed in, nothing is sent or a
 ``TRANSITIONS`` names what every event does in every state.
 What decode leaves unanswered (ASKED, AHEAD, OFFERED) is said again: a link may lose a message
 when its connection breaks, and decode answers a repetition as it answered before.
-While a prompt computes the scheduler owns its blocks; from the first token on the lease does.
-Every batch of blocks under way holds references of its own, so a block is never reused while
-the transport may still read it, whatever becomes of the request.
+While a prompt computes the scheduler owns its blocks; from the first token on the lease does. What
+the transport may be reading has references of its own (``prefill.shipments``).
 """
 
 from __future__ import annotations
@@ -41,16 +40,11 @@ from prefill.handoff_events import (
     Tick,
 )
 from prefill.lease import Lease, LeaseState
+from prefill.shipments import Shipments
 from prefill.terms import misfit, objection
 from protocol.errors import DeadlineError, ProtocolError, WorkerLostError
 from protocol.geometry import Fingerprint
-from protocol.messages import (
-    Accepted,
-    Grant,
-    GrantRefused,
-    RequestFailed,
-    Revoke,
-)
+from protocol.messages import Accepted, Grant, GrantRefused, RequestFailed, Revoke
 
 
 class Handoffs:
@@ -60,15 +54,14 @@ class Handoffs:
         self._pool = pool
         self._fingerprint = fingerprint
         self._leases: dict[str, Lease] = {}
-        # Blocks that the transport may be reading, by grant id and first position.
-        self._under_way: dict[tuple[int, int], list[int]] = {}
+        self._shipments = Shipments(pool)
         self.num_expired = 0
         self.num_stale = 0  # answers of decode workers about leases that are over
 
     @property
     def num_open(self) -> int:
         """Leases and transfers that are not over."""
-        return len(self._leases) + len(self._under_way)
+        return len(self._leases) + len(self._shipments)
 
     def lease(self, request_id: str) -> Lease | None:
         """The request's hand-off, if it is not over."""
@@ -77,7 +70,7 @@ class Handoffs:
     def owned_blocks(self) -> list[list[int]]:
         """Block lists owned here, for ``BlockPool.check_integrity``."""
         leased = (x.sequence.block_table for x in self._leases.values() if x.owns_blocks)
-        return [*leased, *self._under_way.values()]
+        return [*leased, *self._shipments.blocks()]
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Advance by one event.
@@ -96,7 +89,7 @@ class Handoffs:
                 asked = lease is not None and lease.decode.worker_id == event.worker_id
                 return self._advance(lease if asked else None, answer, now)
             case Shipped() | ShipFailed():
-                self._pool.release(self._under_way.pop((event.grant_id, event.first)))
+                self._shipments.end(event.grant_id, event.first)
                 return self._advance(self._under_grant(event.grant_id), event, now)
             case Queued() | Ask() | Computed() | Cancelled():
                 return self._advance(self._leases.get(event.request_id), event, now)
@@ -213,8 +206,7 @@ class Handoffs:
         first, source, destination = lease.take_unshipped(self._pool.block_size)
         if lease.grant is None or not source:
             return []
-        self._pool.retain(source)
-        self._under_way[lease.grant.grant_id, first] = source
+        self._shipments.begin(lease.grant.grant_id, first, source)
         return [Ship(lease.decode, lease.grant.grant_id, first, source, destination)]
 
     def _drain(self, lease: Lease, now: float) -> list[Action]:
@@ -235,7 +227,7 @@ class Handoffs:
 
     def _grant_ids_in_use(self) -> set[int]:
         leased = {lease.grant.grant_id for lease in self._leases.values() if lease.grant}
-        return leased | {grant_id for grant_id, _ in self._under_way}
+        return leased | self._shipments.grant_ids()
 
     def _fail(self, lease: Lease, code: str, message: str) -> list[Action]:
         failed = RequestFailed(request_id=lease.request_id, code=code, message=message)

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
-from itertools import count
 from typing import assert_never
 
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -43,19 +42,15 @@ from prefill.handoff_events import (
     Tick,
 )
 from prefill.metrics import PrefillMetrics
+from prefill.peers import DecodePeers
 from prefill.scheduler import PrefillScheduler
 from protocol.errors import InvalidRequestError, UnavailableError
 from protocol.geometry import Fingerprint
-from protocol.link import Client
 from protocol.logs import about
 from protocol.messages import (
-    Accepted,
     Cancel,
     FirstToken,
-    Grant,
-    GrantRefused,
     Message,
-    PeerAddress,
     PrefillRequest,
     RequestFailed,
     WorkerLoad,
@@ -87,16 +82,18 @@ class PrefillWorker:
         self._scheduler = scheduler
         self._pool: BlockPool = scheduler.pool
         self._handoffs = Handoffs(scheduler.pool, fingerprint)
-        self._identity = identity
-        self._cluster_key = cluster_key
         self._send = send
         self._metrics = metrics
         self._rate = Rate()
         self._leaving = False
         self._wake = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
-        self._peers: dict[str, tuple[int, Client, asyncio.Task[None]]] = {}  # by worker id
-        self._link_numbers = count()
+        self._peers = DecodePeers(
+            identity,
+            cluster_key,
+            self._tasks,
+            lambda worker_id, answer: self._handle(FromPeer(worker_id, answer)),
+        )
         if tiers is not None:
             scheduler.may_start = lambda prompt: tiers.ready(prompt, self._rate.per_second)
             tiers.on_change = self._wake.set
@@ -149,8 +146,7 @@ class PrefillWorker:
                 self._tasks.create_task(self._steps())
                 self._tasks.create_task(self._ticks())
         finally:
-            for _, link, _ in self._peers.values():
-                link.close()
+            self._peers.close()
 
     def from_router(self, router_id: str, message: Message) -> None:
         """Take a router's message."""
@@ -259,7 +255,7 @@ class PrefillWorker:
     def _do(self, action: Action) -> None:
         match action:
             case Tell():
-                self._peer(action.peer).send(action.message)
+                self._peers.send(action.peer, action.message)
             case Ship():
                 self._metrics.shipping(action.grant_id, action.first)
                 self._transfer.send_blocks(
@@ -279,28 +275,3 @@ class PrefillWorker:
                 self._send(action.router_id, action.message)
             case _:
                 assert_never(action)
-
-    # Decode workers --------------------------------------------------------------------------
-
-    def _peer(self, address: PeerAddress) -> Client:
-        known = self._peers.get(address.worker_id)
-        if known is not None:
-            epoch, link, task = known
-            if epoch == address.epoch:
-                return link
-            task.cancel()  # a former incarnation
-            link.close()
-        # A new name for each link: the former one may still be reconnecting to the same address.
-        identity = f"{self._identity}:{next(self._link_numbers)}"
-        link = Client(address.control, identity, self._cluster_key)
-        task = self._tasks.create_task(self._receive_from_peer(address.worker_id, link))
-        self._peers[address.worker_id] = (address.epoch, link, task)
-        return link
-
-    async def _receive_from_peer(self, worker_id: str, link: Client) -> None:
-        while True:
-            message = await link.receive()
-            if isinstance(message, Grant | GrantRefused | Accepted):
-                self._handle(FromPeer(worker_id, message))
-            else:
-                log.warning("unexpected %s from decode", type(message).__name__)

@@ -39,6 +39,11 @@ def admin_routes(
     async def workers() -> Response:
         return JSONResponse({"workers": generator.workers()})
 
+    @routes.get("/queue")
+    async def queue() -> Response:
+        state = generator.queue()
+        return JSONResponse({**state.row(), "requests": state.requests})
+
     @routes.get("/targets")
     async def targets() -> Response:
         return JSONResponse(scrape_targets(generator.workers()))
@@ -85,6 +90,7 @@ def _overview(
         "colocated": generator.colocated,
         "workers": generator.workers(),
         "stages": metrics.log.stages(),
+        "queue": generator.queue().row(),
         "window": metrics.activity.present(objective, now),
         "history": metrics.activity.history(objective, after, now),
     }

@@ -14,17 +14,21 @@ computed that decode cannot take. Pure state: the clock is passed in, nothing is
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from protocol.errors import OverloadedError
+from protocol.messages import Role
 from router.capacity import Demand, queued_tokens, takes_sequence
 from router.disaggregation import Disaggregation
 from router.fair_queue import FairQueue
 from router.forecast import Forecast
+from router.generation import QueueState
 from router.metrics import QueueMetrics
 from router.policy import Pair
 from router.registry import Registry
 from router.running import Running
+from router.shortage import Shortage
 
 MARGIN = 0.8  # share of the bound that a forecast may reach: it errs, and a late 429 is worse
 SAME_AGAIN = 0.1  # seconds until a request may return to workers on which it failed
@@ -58,6 +62,7 @@ class Admission:
         self._longest_forecast = MARGIN * max_queue_time
         self._max_num_requests = max_num_requests
         self._forecast = Forecast()
+        self._shortage = Shortage()
         self._queue: FairQueue[Running] = FairQueue()  # never started
         self._resumed: list[Running] = []  # first come, first served
         self._started: dict[Running, float] = {}  # when
@@ -70,6 +75,16 @@ class Admission:
     def waiting(self) -> list[Running]:
         """Requests that are not on workers."""
         return [*self._resumed, *self._queue.items()]
+
+    def queue(self, now: float) -> QueueState:
+        """What waits, and how long one would that comes now, behind all others."""
+        waiting = self.waiting()
+        forecast = self._forecast_wait(waiting, has_place="decode" not in self._shortage.pools)
+        return QueueState(
+            [(now - r.request.timeline.received, r.num_tokens) for r in waiting],
+            sorted(self._shortage.pools),
+            max([forecast, *(now - r.waiting_since for r in waiting)]),
+        )
 
     def arrive(self, running: Running) -> Running | None:
         """Queue a new request; its turn may be at once. Returns one that it pushes out.
@@ -88,42 +103,55 @@ class Admission:
             if pushed_out is None:
                 raise self.overloaded("full", running)
             self._queue.remove(pushed_out.request.client, pushed_out)
+            self._note_wait(pushed_out, running.waiting_since)
+        running.short_before = self._shortage.seconds(running.waiting_since)
         self._queue.push(request.client, demand.expected_tokens, running, request.priority)
         return pushed_out
 
     def again(self, running: Running) -> None:
         """The request's attempt is over, it is not: it goes on as soon as there is room."""
         self._started.pop(running, None)
+        running.short_before = self._shortage.seconds(running.waiting_since)
         self._resumed.append(running)
 
     def next(self, now: float) -> Start | None:
         """Start the request whose turn it is; None while it must wait."""
+        start, short_of = self._next(now)
+        for pool, seconds in self._shortage.note(short_of, now).items():
+            self._metrics.short.labels(pool=pool).inc(seconds)
+        return start
+
+    def _next(self, now: float) -> tuple[Start | None, Set[Role]]:
+        """The request that starts, or the pools that have no room for it."""
         for running in self._resumed:
             avoid, demand = running.lifecycle.avoid, self._demand(running)
             pair = self._disaggregation.choose(self._registry, demand, avoid)
             if pair is None:
-                return None
+                return None, self._disaggregation.short_of(self._registry, demand)
             tried = {worker.worker_id for worker in pair.workers} & avoid
             if not tried or now - running.waiting_since >= SAME_AGAIN:
                 self._resumed.remove(running)
-                return self._start(running, pair, demand, now)
+                return self._start(running, pair, demand, now), frozenset()
         head = self._queue.head()
         if head is None:
-            return None
+            return None, frozenset()
         demand = self._demand(head)
         pair = self._disaggregation.choose(self._registry, demand)
         if pair is None:
-            return None
-        return self._start(self._queue.pop(), pair, demand, now)
+            return None, self._disaggregation.short_of(self._registry, demand)
+        return self._start(self._queue.pop(), pair, demand, now), frozenset()
 
     def leave(self, running: Running, now: float) -> None:
         """The request is over, wherever it was."""
         started = self._started.pop(running, None)
         if started is not None and running.lifecycle.token_ids:
             self._forecast.ended(len(running.lifecycle.token_ids), now - started)
+        waited = self._queue.remove(running.request.client, running)
         if running in self._resumed:
             self._resumed.remove(running)
-        self._queue.remove(running.request.client, running)
+            waited = True
+        if waited:
+            self._note_wait(running, now)
 
     def overdue(self, now: float) -> list[Running]:
         """Requests that were forecast to start by now, and did not."""
@@ -140,8 +168,15 @@ class Admission:
 
     def _start(self, running: Running, pair: Pair, demand: Demand, now: float) -> Start:
         self._started[running] = now
+        self._note_wait(running, now)
         self._metrics.queue_time.observe(now - running.waiting_since)
         return Start(running, pair, demand)
+
+    def _note_wait(self, running: Running, now: float) -> None:
+        """The request's turn has come, or it is over: tell its timeline what it waited for."""
+        waited_for = running.request.timeline.waited_for
+        for pool, seconds in self._shortage.since(running.short_before, now).items():
+            waited_for[pool] += seconds
 
     def _demand(self, running: Running) -> Demand:
         prompt = len(running.request.prompt_token_ids)
@@ -153,8 +188,13 @@ class Admission:
         """Seconds until a request like this one would start if it came now."""
         client, priority = like.request.client, like.request.priority
         ahead = [*self._resumed, *self._queue.ahead_of(client, priority)]
-        demand, prefills = self._demand(like), self._disaggregation.prompt_pool(self._registry)
-        has_place = any(takes_sequence(w, demand) for w in self._registry.serving("decode"))
+        demand, decodes = self._demand(like), self._registry.serving("decode")
+        has_place = any(takes_sequence(w, demand) for w in decodes)
+        return self._forecast_wait(ahead, has_place=has_place)
+
+    def _forecast_wait(self, ahead: Sequence[Running], *, has_place: bool) -> float:
+        """Seconds until those ``ahead`` have started; ``has_place``: somewhere in decode."""
+        prefills = self._disaggregation.prompt_pool(self._registry)
         return self._forecast.wait(
             num_ahead=len(ahead),
             num_running=0 if has_place else len(self._started),

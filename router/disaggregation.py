@@ -17,7 +17,15 @@ from collections.abc import Set
 from typing import Any, Literal
 
 from protocol.errors import ConfigError, UnavailableError
-from router.capacity import Demand, held_sequences, queued_tokens, uncached_tokens
+from protocol.messages import Role
+from router.capacity import (
+    Demand,
+    held_sequences,
+    queued_tokens,
+    takes_prompt,
+    takes_sequence,
+    uncached_tokens,
+)
 from router.policy import POLICIES, Pair, PolicyName, check_serving, choose_decode, choose_pair
 from router.registry import Registry, Worker
 
@@ -101,6 +109,15 @@ class Disaggregation:
         if decode is not None and self._is_short(demand, decode, registry):
             return Pair(None, decode)
         return pair
+
+    def short_of(self, registry: Registry, demand: Demand) -> Set[Role]:
+        """The pools in which no worker has room for a request."""
+        has_places = [w for w in registry.serving("decode") if takes_sequence(w, demand)]
+        if self.colocated(registry):
+            return set() if any(takes_prompt(w, demand) for w in has_places) else {"decode"}
+        has_room = any(takes_prompt(w, demand) for w in registry.serving("prefill"))
+        short: dict[Role, bool] = {"prefill": not has_room, "decode": not has_places}
+        return {pool for pool, is_short in short.items() if is_short}
 
     def _is_short(self, demand: Demand, decode: Worker, registry: Registry) -> bool:
         spare = 2 * held_sequences(decode) < decode.load.max_num_seqs

@@ -26,29 +26,15 @@ from protocol.messages import (
     Tokens,
     TokenUpdate,
 )
+from router import lifecycle_events as events
 from router import timeline
 from router.admission import Admission, Start
 from router.attempts import Attempts
 from router.cache_directory import CacheDirectory
 from router.disaggregation import Disaggregation, Mode
-from router.generation import GenerationRequest, TokenChunk
+from router.generation import GenerationRequest, QueueState, TokenChunk
 from router.lifecycle import RequestLifecycle, RequestState
-from router.lifecycle_events import (
-    Action,
-    AttemptFailed,
-    CancelOn,
-    ClientGone,
-    DeadlinePassed,
-    Deliver,
-    Event,
-    Fail,
-    NoWorkers,
-    Placed,
-    Retry,
-    Shed,
-    WorkerLeft,
-    WorkerLost,
-)
+from router.lifecycle_events import Action, Event
 from router.membership import Membership
 from router.metrics import DispatchMetrics, QueueMetrics
 from router.pools import Pools
@@ -143,6 +129,10 @@ class Dispatcher:
         """The sizes of both pools, and their change."""
         return self._members.pools
 
+    def queue(self) -> QueueState:
+        """What waits in the router."""
+        return self._admission.queue(self._clock())
+
     def disaggregation(self) -> dict[str, Any]:
         """Who computes prompts; see ``router.generation.Generator``."""
         return self._disaggregation.row(self._members.registry)
@@ -162,7 +152,7 @@ class Dispatcher:
                 if chunk.finish_reason is not None:
                     return
         finally:
-            self._handle(running, ClientGone())
+            self._handle(running, events.ClientGone())
             self._start_waiting()
 
     # Placing ---------------------------------------------------------------------------------
@@ -189,14 +179,14 @@ class Dispatcher:
         """Begin an attempt."""
         running, pair = start.running, start.pair
         prefill_id = pair.prefill.worker_id if pair.prefill else None
-        self._handle(running, Placed(prefill_id, pair.decode.worker_id))
+        self._handle(running, events.Placed(prefill_id, pair.decode.worker_id))
         running.request.timeline.attempts.append((prefill_id, pair.decode.worker_id))
         self._metrics.paths.labels(path="remote" if pair.prefill else "local").inc()
         self._attempts.begin(start)
 
     def _shed(self, running: Running, reason: str) -> None:
         error = self._admission.overloaded(reason, running)
-        self._handle(running, Shed(error))
+        self._handle(running, events.Shed(error))
 
     # Events ----------------------------------------------------------------------------------
 
@@ -244,7 +234,7 @@ class Dispatcher:
             error = error_from_code(message.code, message.message)
             if isinstance(error, OverloadedError) and running.pair is not None:
                 running.pair.decode.full = True
-            self._handle(running, AttemptFailed(worker.worker_id, error))
+            self._handle(running, events.AttemptFailed(worker.worker_id, error))
         else:
             self._handle(running, message)
 
@@ -257,7 +247,7 @@ class Dispatcher:
         """End what has taken too long, in whichever state it is."""
         now = self._clock()
         for running in [r for r in self._running if now >= r.deadline]:
-            self._handle(running, DeadlinePassed())
+            self._handle(running, events.DeadlinePassed())
         for running in self._admission.overdue(now):
             self._shed(running, "overdue")
         reason = self.not_ready_reason()
@@ -265,11 +255,11 @@ class Dispatcher:
             self._served_at = now
         elif now - self._served_at >= PATIENCE:
             for running in self._admission.waiting():
-                self._handle(running, NoWorkers(reason))
+                self._handle(running, events.NoWorkers(reason))
         self._start_waiting()
 
     def _on_lost(self, worker: Worker, left: bool) -> None:
-        event = WorkerLeft(worker.worker_id) if left else WorkerLost(worker.worker_id)
+        event = events.WorkerLeft(worker.worker_id) if left else events.WorkerLost(worker.worker_id)
         for running in list(self._running):
             if running.pair is not None and worker in running.pair.workers:
                 self._handle(running, event)
@@ -301,13 +291,13 @@ class Dispatcher:
 
     def _do(self, running: Running, action: Action) -> None:
         match action:
-            case Deliver(chunk):
+            case events.Deliver(chunk):
                 running.output.put(chunk)
-            case Fail(error):
+            case events.Fail(error):
                 running.output.put(error)
-            case CancelOn(worker_id, attempt_id):
+            case events.CancelOn(worker_id, attempt_id):
                 self._attempts.cancel(running, worker_id, attempt_id)
-            case Retry(reason):
+            case events.Retry(reason):
                 log.info("request %s goes on elsewhere: %s", running.request.request_id, reason)
                 self._metrics.retries.labels(reason=reason).inc()
                 running.pair = None

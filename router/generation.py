@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from protocol.messages import Role
 from protocol.sampling import SamplingParams, TokenLogprobs
 from router.disaggregation import Mode
 from router.pools import Pools
@@ -51,6 +52,19 @@ class TokenChunk:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """What waits for workers now, in the router."""
+
+    requests: list[tuple[float, int]]  # seconds since each came, its tokens
+    short_of: list[Role]  # the pools without room for the request whose turn it is
+    wait: float  # seconds that one would wait that comes now, behind all others
+
+    def row(self) -> dict[str, Any]:
+        """The state as JSON, without the requests."""
+        return {"waiting": len(self.requests), "short_of": self.short_of, "wait": self.wait}
+
+
 class Generator(Protocol):
     """Turns requests into tokens, wherever the workers are."""
 
@@ -82,6 +96,10 @@ class Generator(Protocol):
     @property
     def pools(self) -> Pools:
         """The sizes of both pools, and their change."""
+        ...
+
+    def queue(self) -> QueueState:
+        """The requests that wait for workers."""
         ...
 
     def disaggregation(self) -> dict[str, Any]:

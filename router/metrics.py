@@ -12,6 +12,7 @@ from protocol.errors import KvferryError
 from router.activity import Activity
 from router.generation import GenerationRequest
 from router.request_log import Record, RequestLog
+from router.shortage import ROLES
 from router.timeline import ROUTER_QUEUE
 from router.workload_log import WorkloadLog
 
@@ -115,6 +116,14 @@ class QueueMetrics:
             registry=registry,
             buckets=SLOW,
         )
+        self.short = Counter(
+            "kvferry_queue_short_of_pool_seconds_total",
+            "Seconds in which requests waited because no worker of the pool had room",
+            ["pool"],
+            registry=registry,
+        )
+        for pool in ROLES:
+            self.short.labels(pool=pool)  # 0 until then
         self.shed = Counter(
             "kvferry_requests_shed_total",
             "Requests turned away with 429",

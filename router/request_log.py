@@ -75,6 +75,7 @@ class Record:
             "cached_tokens": self.num_cached_tokens,
             "output_tokens": times.tokens.count,
             "stages_ms": {name: round(ms, 3) for name, ms in stages.items()},
+            "waited_for_ms": {pool: round(s * 1e3, 3) for pool, s in times.waited_for.items()},
         }
         where = " and ".join(worker for worker in (prefill, decode) if worker) or "no worker"
         spent = ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items())

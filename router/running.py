@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from protocol.messages import Role
 from router.cached_blocks import PrefixKeys, PromptPrefix, no_prefix
 from router.generation import GenerationRequest
 from router.lifecycle import RequestLifecycle
@@ -19,6 +20,7 @@ class Running:
     lifecycle: RequestLifecycle
     deadline: float
     waiting_since: float  # for its present turn
+    short_before: dict[Role, float] = field(default_factory=dict)  # seconds that pools were short
     pair: Pair | None = None  # of the present attempt
     prompt: PromptPrefix = field(init=False)
     output: Outbox = field(default_factory=Outbox)

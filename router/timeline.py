@@ -15,12 +15,14 @@ to first token as the client's stream sees it: ``receive`` is from the request's
 its body has come and is valid, and ``deliver`` from a token's arrival at the router until its
 event is written to the client's socket. An attempt that is begun anew waits and prefills again.
 Of several sequences from one prompt the others wait (``first_sequence``) for the first one's KV.
+Of ``router_queue`` it is told besides how long which pool had no room; both may have none at once.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -83,6 +85,9 @@ class Timeline:
     ended: float | None = None
     attempts: list[tuple[str | None, str]] = field(default_factory=list)  # prefill, decode worker
     tokens: TokenTimes = field(default_factory=TokenTimes)
+    waited_for: defaultdict[str, float] = field(  # seconds of router queues, by pool
+        default_factory=lambda: defaultdict(float)
+    )
     _stages: list[Stage] = field(default_factory=list)  # that are over
     _stage: str = RECEIVE  # the present one
     _since: float = field(init=False)
@@ -234,6 +239,7 @@ class Timeline:
         """The stages and the tokens, in seconds since the arrival."""
         return {
             "longest_gap": _rounded(self.longest_gap),
+            "waited_for": {pool: _rounded(seconds) for pool, seconds in self.waited_for.items()},
             "stages": [
                 {
                     "name": stage.name,

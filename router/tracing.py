@@ -94,6 +94,8 @@ class Tracing:
             "kvferry.sequence": record.sequence_id,
             "kvferry.attempts": len(record.timeline.attempts),
         }
+        for pool, seconds in record.timeline.waited_for.items():
+            attributes[f"kvferry.waited_for.{pool}"] = seconds
         if record.finish_reason is not None:
             attributes["gen_ai.response.finish_reasons"] = [record.finish_reason]
         if record.num_cached_tokens is not None:

@@ -78,9 +78,9 @@ def registration(
     )
 
 
-def first(attempt: int, index: int, token_id: int) -> FirstToken:
+def first(attempt: int, index: int, token_id: int, name: str = "r") -> FirstToken:
     return FirstToken(
-        request_id=f"r#{attempt}",
+        request_id=f"{name}#{attempt}",
         index=index,
         token_id=token_id,
         finish_reason=None,
@@ -88,9 +88,11 @@ def first(attempt: int, index: int, token_id: int) -> FirstToken:
     )
 
 
-def tokens(attempt: int, index: int, *token_ids: int, last: bool = False) -> Tokens:
+def tokens(
+    attempt: int, index: int, *token_ids: int, last: bool = False, name: str = "r"
+) -> Tokens:
     update = TokenUpdate(
-        request_id=f"r#{attempt}",
+        request_id=f"{name}#{attempt}",
         index=index,
         token_ids=list(token_ids),
         finish_reason="length" if last else None,

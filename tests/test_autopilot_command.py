@@ -36,6 +36,7 @@ class Router:
         self.reachable = True
         self.report: dict[str, Any] = {}
         self.refusal: str | None = None  # of reports
+        self.queue: dict[str, Any] = {"requests": [], "wait": 0.0}
         self.rows = [[i * 0.5, 1000, 10, 0, 0.5, 0.01] for i in range(200)]
 
     def fetch(
@@ -59,6 +60,8 @@ class Router:
             return {"prefill": 1, "decode": 3, "change": None}
         if path == "/admin/disaggregation":
             return self.disaggregation
+        if path == "/admin/queue":
+            return self.queue
         return {"rows": self.rows}
 
 
@@ -165,6 +168,14 @@ def test_a_router_that_is_away_is_waited_for_and_told_once(
     assert events == ["waiting", "decision"]
 
 
+def test_what_the_router_holds_back_is_seen(router: Router) -> None:
+    workers = router.fetch("", "/admin/workers", None)["workers"]
+    router.queue = {"requests": [(700.0, 9), (12.5, 1000), (0.5, 20)], "wait": 30.0}
+    seen = autopilot.observe(workers, [], None, router.disaggregation, router.queue, window=600.0)
+    assert [(row.arrival, row.prompt_tokens) for row in seen.queued] == [(587.5, 1000), (599.5, 20)]
+    assert (seen.wait, seen.num_open) == (30.0, 3 + len(workers))
+
+
 def test_workers_go_by_the_operators_command(router: Router, tmp_path: Path) -> None:
     router.rows = [[i * 0.5, 10, 10, 0, 0.5, 0.01] for i in range(200)]
     wanted = tmp_path / "{prefill}-{decode}"
@@ -198,8 +209,9 @@ def test_that_the_router_takes_no_report_is_told_once_and_stops_nothing(
     looking.look()
     told = lines(capsys)
     assert sum(line["event"] == "decision" for line in told) >= 1
-    [waiting] = [line for line in told if line["event"] == "waiting"]
-    assert waiting["reason"].endswith("admin key")
+    [unreported] = [line for line in told if line["event"] == "unreported"]
+    assert unreported["reason"].endswith("admin key")
+    assert not any(line["event"] == "waiting" for line in told)
 
 
 def test_the_last_decisions_are_remembered_and_counted(

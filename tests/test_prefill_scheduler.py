@@ -1,120 +1,15 @@
-"""The prefill scheduler under a model that can be computed by hand; audited after every step."""
+"""The prefill scheduler: whose tokens are computed when, and who owns which blocks."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import Batch, BatchRow
-from engine.block_pool import BlockPool
 from engine.sequence import Sequence
-from prefill.scheduler import PrefillScheduler
-from protocol.sampling import SamplingParams
-from tests.fake_model import Memory, generate
-
-BLOCK_SIZE = 4
-SAMPLING = SamplingParams(max_tokens=5)
-
-
-class Worker:
-    """A scheduler, its pool and an engine. Finished sequences keep their blocks in ``finished``."""
-
-    def __init__(
-        self, num_blocks: int = 64, budget: int = 8, max_num_seqs: int = 8, ask_ahead: int = 4
-    ) -> None:
-        self.pool = BlockPool(num_blocks, BLOCK_SIZE)
-        self.memory = Memory(num_blocks, BLOCK_SIZE)
-        self.scheduler = PrefillScheduler(
-            self.pool,
-            max_num_batched_tokens=budget,
-            max_num_seqs=max_num_seqs,
-            ask_ahead=ask_ahead,
-        )
-        self.finished: dict[str, Sequence] = {}
-        self.computed: defaultdict[str, list[int]] = defaultdict(list)  # positions, in order
-        self.offered: set[str] = set()
-        self.granted: set[str] = set()
-        self.ahead: dict[str, int] = {}  # tokens computed before the grant for them
-        self.cancelled: set[str] = set()
-
-    def add(self, request_id: str, prompt: list[int], grant: bool = True) -> Sequence:
-        sequence = Sequence(request_id, list(prompt), len(prompt), SAMPLING)
-        self.scheduler.add(sequence)
-        if grant:
-            self.grant(request_id)
-        return sequence
-
-    def grant(self, request_id: str) -> None:
-        self.granted.add(request_id)
-        self.ahead.pop(request_id, None)
-        self.scheduler.grant(request_id)
-
-    def schedule(self) -> Batch:
-        batch = self.scheduler.schedule()
-        assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert len(batch.rows) <= self.scheduler.max_num_seqs
-        for sequence in self.scheduler.prompts_to_offer():
-            assert sequence.request_id not in self.granted
-            assert sequence.num_tokens - sequence.num_computed <= self.scheduler.ask_ahead
-            self.offered.add(sequence.request_id)
-        for row in batch.rows:
-            assert row.num_tokens > 0
-            assert row.sequence.request_id not in self.cancelled
-            self.note_ahead(row)
-        assert sum(self.ahead.values()) <= self.scheduler.max_num_batched_tokens
-        self.check()
-        return batch
-
-    def note_ahead(self, row: BatchRow) -> None:
-        """Count tokens that are computed without a grant and need one."""
-        sequence, ask_ahead = row.sequence, self.scheduler.ask_ahead
-        if sequence.request_id in self.granted or sequence.num_tokens - row.end >= ask_ahead:
-            return
-        assert sequence.request_id in self.offered
-        assert sequence.request_id not in self.ahead
-        self.ahead[sequence.request_id] = row.num_tokens
-
-    def cancel(self, request_id: str) -> None:
-        """No step that is scheduled from now on may run it."""
-        self.cancelled.add(request_id)
-        self.ahead.pop(request_id, None)
-        self.scheduler.cancel(request_id)
-        self.check()
-
-    def commit(self, batch: Batch) -> None:
-        sampled = self.memory.run(batch)
-        for row in batch.rows:
-            self.computed[row.sequence.request_id] += range(row.start, row.end)
-        for sequence, token_id in self.scheduler.commit(sampled):
-            if token_id is not None:
-                assert sequence.token_ids[-1] == token_id
-                self.finished[sequence.request_id] = sequence
-                if sequence.finish_reason() is not None:
-                    self.ahead.pop(sequence.request_id, None)
-        self.check()
-
-    def step(self) -> Batch:
-        batch = self.schedule()
-        self.commit(batch)
-        return batch
-
-    def release_finished(self) -> None:
-        for sequence in self.finished.values():
-            if sequence.block_table:
-                self.pool.release_sequence(sequence)
-
-    def check(self) -> None:
-        finished = [sequence.block_table for sequence in self.finished.values()]
-        self.pool.check_integrity([*self.scheduler.owned_blocks(), *finished])
-
-
-def expected(prompt: list[int]) -> int:
-    return generate(prompt, SAMPLING)[0]
-
+from tests.prefill_scene import SAMPLING, Worker, expected
 
 prompts = st.lists(
     st.tuples(st.integers(0, 2), st.integers(1, 30)).map(lambda x: [x[0]] * x[1]),
@@ -238,55 +133,6 @@ def test_short_prompts_do_not_hold_up_a_long_one(budget: int) -> None:
     assert step <= 100 // -(-budget // 2) + 1
 
 
-def test_one_step_goes_ahead_of_a_grant_and_others_go_on() -> None:
-    worker = Worker(budget=8, ask_ahead=20)
-    stuck = worker.add("stuck", [1] * 24, grant=False)
-    worker.add("other", [2] * 20)
-    computed = []
-    for _ in range(10):
-        worker.step()
-        computed.append(stuck.num_computed)
-    assert computed[:2] == [4, 8]  # until the grant is asked for, then ahead of it, by half a step
-    assert computed[-1] == 8
-    assert "other" in worker.finished
-    assert not worker.scheduler.schedule().rows
-    assert list(worker.scheduler.prompts_to_offer()) == [stuck]
-    worker.grant("stuck")
-    assert list(worker.scheduler.prompts_to_offer()) == []
-    worker.scheduler.commit([])
-    worker.step()
-    worker.step()
-    assert "stuck" in worker.finished
-
-
-def test_while_a_grant_is_awaited_no_other_prompt_gets_ahead_of_its_own() -> None:
-    worker = Worker(budget=8, ask_ahead=100)
-    worker.add("early", [1] * 6, grant=False)
-    worker.step()
-    assert "early" in worker.finished  # before its grant
-    late = worker.add("late", [2] * 6, grant=False)
-    assert not worker.step().rows
-    worker.grant("early")
-    worker.step()
-    assert "late" in worker.finished
-    worker.add("third", [3] * 6, grant=False)
-    assert not worker.step().rows
-    worker.cancel(late.request_id)  # decode refused it
-    worker.step()
-    assert "third" in worker.finished
-    assert not worker.scheduler._granted
-
-
-def test_a_prompt_that_ends_with_its_first_token_keeps_nobody_waiting_for_its_grant() -> None:
-    worker = Worker(budget=8, ask_ahead=100)
-    stop = SAMPLING.model_copy(update={"stop_token_ids": (expected([1] * 6),)})
-    worker.add("stops", [1] * 6, grant=False).sampling = stop
-    worker.step()
-    worker.add("next", [2] * 6, grant=False)
-    worker.step()
-    assert list(worker.finished) == ["stops", "next"]
-
-
 def test_at_least_one_token_is_computed_even_if_all_are_cached() -> None:
     worker = Worker()
     worker.add("a", [1] * 8)
@@ -347,22 +193,6 @@ def test_prompts_that_begin_alike_are_computed_once_though_they_come_at_once() -
     worker.release_finished()
 
 
-def test_nobody_waits_for_a_prompt_of_the_same_beginning_that_has_no_grant() -> None:
-    worker = Worker(budget=8, ask_ahead=100)
-    worker.add("ahead", [9] * 4, grant=False)
-    worker.step()  # from now on none may be ahead of its grant
-    prompt = [1, 2, 3, 4] * 6
-    worker.add("stuck", prompt, grant=False)
-    worker.add("other", prompt)
-    while "other" not in worker.finished:
-        assert worker.step().rows
-    assert worker.computed["other"] == [*range(24)]
-    worker.grant("stuck")
-    worker.step()
-    assert worker.computed["stuck"] == [20, 21, 22, 23]
-    worker.release_finished()
-
-
 def test_the_next_goes_on_behind_what_a_cancelled_prompt_had_computed() -> None:
     worker = Worker(budget=8, ask_ahead=100)
     prompt = [1, 2, 3, 4] * 6
@@ -391,8 +221,3 @@ def test_the_lowest_priority_number_starts_first_and_what_runs_is_not_stopped() 
         worker.step()
         worker.release_finished()
     assert [*worker.finished] == ["running", "urgent", "urgent too", "usual", "bulk"]
-
-
-def test_a_budget_that_asks_for_no_grant_is_a_mistake() -> None:
-    with pytest.raises(AssertionError):
-        Worker(ask_ahead=0)

@@ -10,8 +10,19 @@ from protocol.errors import DeadlineError, OverloadedError, UnavailableError
 from protocol.messages import Cancel, Left, PrefillRequest, RequestFailed, WorkerLoad
 from protocol.sampling import SamplingParams
 from router import dispatch
-from router.generation import GenerationRequest
-from tests.router_scene import Scene, error_of, first, output, registration, serving, tokens, until
+from router.generation import GenerationRequest, QueueState
+from router.lifecycle_events import ClientGone
+from tests.router_scene import (
+    LOAD,
+    Scene,
+    error_of,
+    first,
+    output,
+    registration,
+    serving,
+    tokens,
+    until,
+)
 
 ONE_SLOT = WorkerLoad(max_num_seqs=1, free_blocks=1000, total_blocks=1000)
 
@@ -151,3 +162,68 @@ def test_a_queue_at_prefill_is_not_taken_for_a_lack_of_places() -> None:
     with pytest.raises(OverloadedError, match="about 7 s") as caught:
         scene.dispatch(request("d"))
     assert caught.value.retry_after == pytest.approx(3.0)
+
+
+def test_it_is_told_for_want_of_which_pool_requests_waited() -> None:
+    now = 100.0
+    slow = LOAD.model_copy(update={"prefill_tokens_per_second": 4})
+    scene = Scene("p0", load=slow, clock=lambda: now)
+    scene.say("d0", registration("d0", load=LOAD.model_copy(update={"max_num_seqs": 2})))
+    scene.dispatch(request("r"))
+    scene.dispatch(request("other"))
+    waiting = scene.dispatch(request("s"))  # two prompts and two sequences are enough
+    assert scene.dispatcher.queue().short_of == ["decode", "prefill"]
+    now += 1.0
+    later, last = scene.dispatch(request("t")), scene.dispatch(request("u"))
+    now += 2.0
+    scene.say("p0", first(1, 0, 7))  # room for a prompt
+    assert scene.dispatcher.queue().short_of == ["decode"]
+    now += 4.0
+    scene.say("d0", tokens(1, 1, 8, last=True))
+    assert asked(scene) == ["r#1", "other#1", "s#1"]
+    times = waiting.request.timeline
+    assert times.waited_for == {"prefill": 3.0, "decode": 7.0}
+    assert times.details(now)["waited_for"] == {"prefill": 3.0, "decode": 7.0}
+    now += 8.0
+    scene.dispatcher._handle(later, ClientGone())  # who gives up has waited, too
+    now += 16.0
+    for running in (waiting, later, last):
+        scene.dispatcher._handle(running, ClientGone())
+    assert times.waited_for == {"prefill": 3.0, "decode": 7.0}
+    assert later.request.timeline.waited_for == {"prefill": 10.0, "decode": 14.0}
+    scene.beat("d0")
+    assert scene.count("queue_short_of_pool_seconds", pool="prefill") == 27.0
+    assert scene.dispatcher.queue().short_of == []
+
+
+def test_a_request_that_waits_again_tells_both_waits() -> None:
+    now = 100.0
+    scene = Scene("p0", "d0", load=ONE_SLOT, clock=lambda: now)
+    scene.dispatch(request("other"))
+    running = scene.dispatch(request("r"))
+    now += 2.0
+    scene.say("p0", first(1, 0, 7, "other"))
+    scene.say("d0", tokens(1, 1, 8, last=True, name="other"))
+    now += 50.0
+    scene.say("d0", Left())
+    now += 4.0
+    scene.say("d1", registration("d1", load=ONE_SLOT))
+    assert asked(scene) == ["other#1", "r#1", "r#2"]
+    assert running.request.timeline.waited_for == {"decode": 6.0}
+
+
+def test_the_queue_tells_how_long_another_request_would_wait() -> None:
+    now = 100.0
+    scene = Scene("p0", "d0", load=ONE_SLOT, clock=lambda: now)
+    assert scene.dispatcher.queue() == QueueState([], [], 0.0)
+    scene.dispatch(request("r"))
+    now += 4.0
+    finish(scene)  # a request takes four seconds
+    for name in ("s", "t", "u"):
+        scene.dispatch(request(name))
+    now += 1.0
+    state = scene.dispatcher.queue()
+    assert [tokens for _, tokens in state.requests] == [3, 3]
+    assert state.row() == {"waiting": 2, "short_of": ["decode"], "wait": 12.0}
+    now += 20.0
+    assert scene.dispatcher.queue().wait == 21.0  # the forecast was wrong

@@ -160,6 +160,37 @@ def test_without_what_it_shared_a_prompt_is_computed_anew(
     assert scene.admitted == ({"first": []} if end == "damaged" else {}) | {"second": []}
 
 
+@pytest.mark.parametrize("end", ["handed off", "revoked"])
+def test_the_silence_under_a_grant_counts_from_the_end_of_what_it_waited_for(
+    scene: Scene, end: str
+) -> None:
+    first = scene.ask("first", [*COMMON, 1])
+    scene.ask("second", [*COMMON, 2])
+    scene.wait(QUIET - 1)
+    scene.handle(Received(first.grant_id, 0, [0]))
+    scene.wait(QUIET - 1)
+    if end == "revoked":
+        scene.handle(FromPeer(PEER, Revoke(request_id="first")))
+    else:
+        scene.hand_off("first")
+    scene.wait(QUIET - 1)
+    scene.hand_off("second")
+    whole = end == "handed off"
+    assert len(scene.admitted["second"]) == (4 if whole else 0)
+
+
+def test_under_a_grant_whose_leader_has_ended_nothing_may_come_for_as_long_as_under_another(
+    scene: Scene,
+) -> None:
+    scene.ask("first", [*COMMON, 1])
+    scene.ask("second", [*COMMON, 2])
+    scene.wait(QUIET - 1)
+    scene.hand_off("first")
+    scene.wait(QUIET)
+    assert len(scene.closing) == 2
+    assert "second" not in scene.admitted
+
+
 def test_a_prompt_counts_only_on_what_comes_as_soon_as_it_does(scene: Scene) -> None:
     scene.ask("longer", [*COMMON, *[1] * (BLOCK + 2)])
     assert scene.ask("second", [*COMMON, 2]).num_cached_tokens == 0

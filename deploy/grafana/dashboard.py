@@ -1,6 +1,7 @@
 """Writes the Grafana dashboard beside this file: ``python deploy/grafana/dashboard.py``.
 
-Rows follow a request: the client's view, prefill, the transfer, decode, and what went wrong.
+Rows follow a request: the client's view, the router's queue, prefill, the transfer, decode, and
+what went wrong.
 """
 
 from __future__ import annotations
@@ -70,6 +71,17 @@ ROWS: dict[str, list[Panel]] = {
             "short",
             {"sequences": 'sum (kvferry_num_requests_running{role="router"})'},
         ),
+    ],
+    "The router's queue": [
+        Panel(
+            "Waiting", "short", {"sequences": 'sum (kvferry_num_requests_waiting{role="router"})'}
+        ),
+        Panel(
+            "No room for the next",
+            "percentunit",
+            {"{{pool}}": rate("queue_short_of_pool_seconds_total", "pool")},
+        ),
+        Panel("Turned away", "reqps", {"{{reason}}": rate("requests_shed_total", "reason")}),
     ],
     "Prefill": [
         Panel(

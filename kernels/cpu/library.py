@@ -7,6 +7,7 @@ compiler, or with ``KVFERRY_NATIVE=0``, callers use their torch twins.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import torch  # its OpenMP runtime must be the process's first, for the library to share it
@@ -24,13 +26,14 @@ log = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 COMPILE_TIMEOUT = 300.0  # seconds
+SCRATCH = "compiling-"  # begins the names of folders in the cache that compilations are at work in
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in vectors.h
 MAX_HEAD_DIM = 256  # kMaxHeadDim in attention.h
 # The functions' arguments: p a pointer or None, i an int64_t, f a float. They return nothing.
 SIGNATURES = {
     "digest_blocks": "ppiip",
-    "copy_blocks": "ppppiip",
+    "copy_blocks": "ppppiiip",
     "add_rms_norm": "ipipipfppii",
     "decode_attention": "ipiipiiiiipipiiifip",
     "dequantize_blocks": "ippiiiiipp",
@@ -96,7 +99,8 @@ def _compiled(compiler: str) -> Path:
     library = folder / f"kernels-{identity.hexdigest()}.so"
     if not library.exists():
         log.info("compiling the C++ kernels for this processor")
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        _remove_left_over(folder)
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
             built = Path(scratch) / library.name
             subprocess.run(  # noqa: S603 (the same)
                 [compiler, *FLAGS, *map(str, sources), "-o", str(built)],
@@ -107,6 +111,14 @@ def _compiled(compiler: str) -> Path:
             )
             built.replace(library)  # at once, whoever else is compiling it too
     return library
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Folders of compilations that were killed: no other is at work for so long."""
+    for scratch in folder.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(FileNotFoundError):  # it ends just now
+            if time.time() - scratch.stat().st_mtime > 2 * COMPILE_TIMEOUT:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _cache_folder() -> Path:

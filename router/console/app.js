@@ -72,7 +72,7 @@ function show(overview, lists, change, decisions) {
   points = [...points, ...fresh].slice(-MAX_POINTS);
   autopilot.show(decisions);
   for (const chart of charts) chart.show(points, autopilot.changes());
-  pools.show(overview.workers, overview.stages);
+  pools.show(overview);
   requests.show(lists);
   whatIf.show(overview.workers, change);
 }

@@ -1,7 +1,7 @@
 // Both pools as rows of workers, and draining one of them.
 
 import { call } from "./api.js";
-import { $, h, keyed, quantity, setText } from "./dom.js";
+import { $, h, keyed, quantity, seconds, setText } from "./dom.js";
 
 const ROLES = ["prefill", "decode"];
 const FLOW = [
@@ -32,7 +32,7 @@ export class Pools {
     return { element, body, count, empty };
   }
 
-  show(workers, stages) {
+  show({ workers, stages, queue }) {
     this.workers = workers;
     for (const role of ROLES) {
       const mine = workers.filter((worker) => worker.role === role).sort(byId);
@@ -45,6 +45,9 @@ export class Pools {
     keyed($("flow"), flow, ([stage]) => stage,
       ([stage, name]) => h("li", { class: `stage-${stage}` }, h("b"), ` ${name}`),
       (item, [stage]) => setText(item.firstElementChild, quantity(stages[stage] ?? 0)));
+    const short = queue.short_of.join(" and ");
+    $("short").hidden = short === "";
+    setText($("short"), `The router's queue waits for room in ${short}; a new request would wait for about ${seconds(queue.wait)}.`);
   }
 
   row({ id }) {

@@ -6,7 +6,7 @@ const ABOUT = {
   receive: "The request came in and was validated, from its first byte on. A long prompt on a slow line, or a busy router process.",
   tokenise: "The router applied the chat template and tokenised the prompt.",
   first_sequence: "Waited until the first sequence from the same prompt had its KV in the caches.",
-  router_queue: "Waited in the router: no pair of workers had room. The pools are too small for the load, or one of them is full.",
+  router_queue: "Waited in the router: no pair of workers had room.",
   to_prefill: "The request's way to the prefill worker and the first token's way back.",
   prefill_queue: "Waited on the prefill worker for other prompts. Too few prefill workers.",
   grant: "Waited until decode had reserved memory. The decode pool is full.",
@@ -53,7 +53,7 @@ function toFirstToken(sequence, stages, first, { ttft }) {
   return [
     h("h3", {}, `${title} `, h("span", { class: late ? "late" : "quiet" },
       `${seconds(first)}, objective ${seconds(ttft)}`)),
-    ...explained(stages, 0, first),
+    ...explained(stages, 0, first, sequence),
   ];
 }
 
@@ -63,17 +63,24 @@ function output(sequence, stages, first, { tpot }) {
   return [
     h("h3", {}, "From the first token to the end ", h("span", { class: each > tpot ? "late" : "quiet" },
       `${seconds(sequence.seconds - first)}, ${seconds(each)} per token, objective ${seconds(tpot)}`)),
-    ...explained(stages, first, sequence.seconds), tokens(sequence, first),
+    ...explained(stages, first, sequence.seconds, sequence), tokens(sequence, first),
   ];
 }
 
 // The stages between two times, and which of them it was.
-function explained(stages, begin, end) {
+function explained(stages, begin, end, { waited_for: waited }) {
   const longest = stages.reduce((a, b) => (b.seconds > a.seconds ? b : a), { seconds: 0 });
   const share = percent(longest.seconds / Math.max(end - begin, 1e-9));
   const verdict = longest.name && h("p", { class: "verdict" },
-    h("b", {}, `${share} of it was ${label(longest.name)}. `), ABOUT[longest.name] ?? "");
+    h("b", {}, `${share} of it was ${label(longest.name)}. `), ABOUT[longest.name] ?? "",
+    longest.name === "router_queue" ? shortages(waited) : "");
   return [verdict, bars(stages, begin, end, longest)];
+}
+
+// Which pools had no room, the one that was short for longest first.
+function shortages(waited) {
+  return Object.entries(waited).sort(([, a], [, b]) => b - a)
+    .map(([pool, time]) => ` No ${pool} worker had any for ${seconds(time)}.`).join("");
 }
 
 // A row per stage between two times, its bar where it lies.

@@ -72,6 +72,35 @@ def test_misses_move_one_worker_without_waiting_for_a_forecast() -> None:
     assert wanted(decision) == Pools(2, 2), "a long queue is a miss before any request ends late"
 
 
+def test_what_waits_in_the_router_is_demand_and_misses_deadlines_before_it_ends() -> None:
+    """Nothing that ended was late: the requests that are held back say it all."""
+    asked: list[Sequence[Request]] = []
+
+    def predict(requests: Sequence[Request], pools: Pools) -> float:
+        asked.append(requests)
+        return {1: 0.2, 2: 0.6}.get(pools.prefill, 0.0)
+
+    ended = seen(Pools(1, 3))
+    queued = [Row(LIMITS.window - 30.0 + i, 700, 0, 0, None, None) for i in range(20)]
+    _, decision = decide(replace(ended, queued=queued), LATER, 0.0, LIMITS, predict)
+    assert decision is not None
+    assert (decision.kind, decision.wanted) == ("misses", Pools(2, 2))
+    [requests, *_] = asked
+    assert len(requests) == len(ended.rows) + len(queued)
+    assert [r.arrival for r in requests] == sorted(r.arrival for r in requests)
+    assert sum(r.prompt_tokens == 700 and r.output_tokens == 10 for r in requests) == len(queued)
+
+
+def test_what_has_just_come_into_the_queue_is_no_miss() -> None:
+    soon = LIMITS.window - LIMITS.slo.ttft / 2
+    queued = [Row(soon + 0.01 * i, 700, 0, 0, None, None) for i in range(20)]
+    observed = replace(seen(Pools(1, 3)), queued=queued)
+    predict = by_prefill(p1=0.2, p2=1.0)
+    assert decide(observed, LATER, 0.0, LIMITS, predict)[1] is None
+    late = [row._replace(arrival=row.arrival - LIMITS.slo.ttft) for row in queued]
+    assert decide(replace(observed, queued=late), LATER, 0.0, LIMITS, predict)[1] is not None
+
+
 def test_without_misses_nothing_happens_between_two_forecasts() -> None:
     predict = by_prefill(p1=0.2, p2=1.0)
     assert decide(seen(Pools(1, 3)), LATER, 0.0, LIMITS, predict)[1] is None
@@ -223,6 +252,9 @@ def test_a_decision_is_judged_by_the_requests_of_its_cool_down() -> None:
     state, judged = judge(looked, state, 1061.0, LIMITS)
     assert [one.outcome for one in judged] == [pytest.approx(2 / 3)]
     assert state.unjudged == ()
+    held_back = replace(looked, queued=[Row(1040.0 - begin, 100, 0, 0, None, None)])
+    _, [one] = judge(held_back, replace(LATER, unjudged=(decision,)), 1061.0, LIMITS)
+    assert one.outcome == pytest.approx(2 / 4), "a request that has waited too long has missed"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from protocol.errors import WorkerNotFoundError
 from router.app import RouterSettings, create_app
 from router.disaggregation import Disaggregation, Mode
-from router.generation import GenerationRequest, TokenChunk
+from router.generation import GenerationRequest, QueueState, TokenChunk
 from router.http_protocol import BoundedHttpProtocol
 from router.registry import Registry
 from router.text import TextModel
@@ -73,6 +73,7 @@ class ScriptedGenerator:
     num_open: int = 0
     num_given: int = 0  # chunks
     pools: ScriptedPools = field(default_factory=ScriptedPools)
+    waiting: QueueState = field(default_factory=lambda: QueueState([], [], 0.0))
     prompts: Disaggregation = field(default_factory=Disaggregation)
     prediction: dict[str, Any] | Exception = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)
@@ -100,6 +101,9 @@ class ScriptedGenerator:
         if worker_id != "p":
             raise WorkerNotFoundError(f"no worker {worker_id!r} is registered")
         return {"id": "p", "state": "leaving"}
+
+    def queue(self) -> QueueState:
+        return self.waiting
 
     def disaggregation(self) -> dict[str, Any]:
         return self.prompts.row(Registry(timeout=1.0))

@@ -13,7 +13,7 @@ import pytest
 
 from protocol.errors import WorkerLostError
 from router.api_keys import ApiKeys
-from router.generation import TokenChunk
+from router.generation import QueueState, TokenChunk
 from tests.router.conftest import HANG, PATIENCE, Router, eventually
 
 FILES = [file.name for file in files("router").joinpath("console").iterdir()]
@@ -51,12 +51,19 @@ def test_every_file_is_served_under_the_policy(router: Router, name: str) -> Non
         assert imports <= set(FILES)
 
 
-@pytest.mark.parametrize("path", ["overview", "requests", "requests/cmpl-1"])
+@pytest.mark.parametrize("path", ["overview", "queue", "requests", "requests/cmpl-1"])
 def test_the_figures_need_a_key(start: Callable[..., Router], path: str) -> None:
     router = start(api_keys=ApiKeys(["secret"]))
     assert httpx.get(f"{router.url}/admin/{path}").status_code == 401
     right = httpx.get(f"{router.url}/admin/{path}", headers={"Authorization": "Bearer secret"})
     assert right.status_code == (404 if "cmpl" in path else 200)
+
+
+def test_what_waits_in_the_router(router: Router) -> None:
+    router.generator.waiting = QueueState([(1.5, 7), (0.5, 3)], ["decode"], 2.5)
+    told = {"waiting": 2, "short_of": ["decode"], "wait": 2.5}
+    assert get(router, "/admin/overview")["queue"] == told
+    assert get(router, "/admin/queue") == {**told, "requests": [[1.5, 7], [0.5, 3]]}
 
 
 def test_where_a_requests_time_went(router: Router) -> None:

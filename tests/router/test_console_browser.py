@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from protocol.errors import WorkerLostError
 from router.api_keys import ApiKeys
-from router.generation import TokenChunk
+from router.generation import GenerationRequest, QueueState, TokenChunk
 from tests.browser import expect, needs_chromium
 from tests.router.conftest import LOAD, Router
 
@@ -85,6 +86,28 @@ def test_a_request_appears_and_its_waterfall_opens_by_keyboard(page: Any, router
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
     expect(rows.nth(1).locator("button")).to_be_focused()
+
+
+def test_for_want_of_which_pool_requests_wait_and_waited(page: Any, router: Router) -> None:
+    def late(request: GenerationRequest) -> list[TokenChunk]:
+        time.sleep(0.3)
+        request.timeline.waited_for.update({"prefill": 0.1, "decode": 0.2})
+        request.timeline.enter("prefill", time.monotonic())
+        return [TokenChunk([5], "length")]
+
+    router.generator.scripts = late
+    router.post("/v1/completions", model="test", prompt="Say hello")
+    router.generator.waiting = QueueState([(1.0, 5)], ["decode"], 2.5)
+    page.goto(router.url + "/console")
+    expect(page.locator("#short")).to_contain_text("waits for room in decode; a new request")
+    router.generator.waiting = QueueState([], [], 0.0)
+    expect(page.locator("#short")).to_be_hidden()
+    page.locator("#requests tbody tr button").press("Enter")
+    verdict = page.locator("#request-body .verdict").first
+    expect(verdict).to_contain_text("of it was router queue.")
+    expect(verdict).to_contain_text(
+        "No decode worker had any for 200 ms. No prefill worker had any for 100 ms."
+    )
 
 
 @pytest.mark.parametrize("script", [[TokenChunk([5], "length")], [WorkerLostError("gone")]])

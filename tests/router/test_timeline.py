@@ -6,7 +6,10 @@ import asyncio
 import json
 import logging
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx
 import pytest
@@ -266,6 +269,7 @@ def test_a_sequence_that_ends_is_a_line_of_the_log(caplog: pytest.LogCaptureFixt
     timeline.enter("prefill", 0.25)
     timeline.attempts.append(("p0", "d0"))
     timeline.enter("router_queue", 0.5)
+    timeline.waited_for["decode"] = 0.4
     timeline.enter("prefill", 1.0)
     timeline.attempts.append((None, "d1"))
     timeline.enter("decode", 2.0)
@@ -295,7 +299,30 @@ def test_a_sequence_that_ends_is_a_line_of_the_log(caplog: pytest.LogCaptureFixt
             "deliver": 0.0,
             "decode": 2000.0,
         },
+        "waited_for_ms": {"decode": 400.0},
     }
+
+
+def test_a_request_has_come_though_the_router_is_too_busy_to_read_it(router: Router) -> None:
+    busy = threading.Event()
+
+    def script(_: GenerationRequest) -> list[TokenChunk]:
+        if not busy.is_set():
+            busy.set()
+            time.sleep(0.5)  # on the event loop
+        return [TokenChunk([5], "length")]
+
+    router.generator.scripts = script
+    ask = partial(router.post, "/v1/completions", model="test", prompt="Hello")
+    with ThreadPoolExecutor(1) as thread:
+        other = thread.submit(ask)
+        assert busy.wait(PATIENCE)
+        answer = ask().json()
+        other.result()
+    found = httpx.get(f"{router.url}/admin/requests/{answer['id']}", timeout=PATIENCE).json()
+    stage = found["sequences"][0]["stages"][0]
+    assert stage["name"] == "receive"
+    assert 0.25 < stage["seconds"] < PATIENCE
 
 
 def test_the_log_is_bounded_and_keeps_the_slowest() -> None:

@@ -27,6 +27,7 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 def ended(traceparent: str = "", number: int = 0, reason: str | None = "stop") -> Record:
     timeline = Timeline.begun(received=10.0, read=10.5)
+    timeline.waited_for["decode"] = 0.5
     timeline.enter("prefill", 11.0)
     timeline.attempts.append(("p0", "d0"))
     timeline.enter("decode", 12.0)
@@ -78,6 +79,7 @@ def test_a_sequence_and_its_stages() -> None:
         "gen_ai.usage.cache_read.input_tokens": 3,
         "kvferry.sequence": f"cmpl-{HEX}-0",
         "kvferry.attempts": 1,
+        "kvferry.waited_for.decode": 0.5,
         "kvferry.time_to_first_token": 2.5,
     }
     told = [(span.name, (span.attributes or {}).get("kvferry.worker_id")) for span in stages]
