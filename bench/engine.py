@@ -4,9 +4,14 @@
     python -m bench.engine FOLDER --threads 2
 
 Decode: every sequence one token a step, from ``context`` tokens on. Prefill: one prompt in chunks.
-Decode is held against the bytes it must read (weights and KV) over the memory bandwidth, prefill
-against its arithmetic (two operations for each weight and token, four for each score) over the
-rate of a large matrix product; both are measured in the same run, before and after.
+A step has two parts, the linear layers and attention, each of which needs what the other has just
+computed. A part takes at least its bytes (weights or KV) over the memory bandwidth, and at least
+its arithmetic (two operations for each weight and token, four for each number of a key and token)
+over the rate of a large matrix product. A step's floor is the sum of what its parts take at least;
+its overlapped floor would hold if all of its bytes could be read beside all of its arithmetic.
+
+The two rates are measured before and after every round of steps, as a machine's speed may change
+from one second to the next. Figures are medians over the rounds, ratios those of each round.
 """
 
 from __future__ import annotations
@@ -35,10 +40,12 @@ from protocol.sampling import SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("prepare", "attention", "dense", "sample", "host")
-COPY_BYTES = 512 << 20  # of the bandwidth measurement; far more than caches hold
+READ_BYTES = 512 << 20  # of the bandwidth measurement; far more than caches hold
 BLOCK_SIZE = 16  # tokens
-TABLE_WIDTH = 110  # at least, also where nothing is known of the terminal
-MATRIX = 4096  # of the product that measures arithmetic
+TABLE_WIDTH = 120  # at least, also where nothing is known of the terminal
+MATRIX = 2048  # of the product that measures arithmetic
+SAMPLES = 3  # of either rate in a measurement
+STEPS = 4  # decode steps in a round
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +55,33 @@ class Floors:
     read_bytes: float  # a second, all threads
     flops: float  # a second, in the model's type
 
-    def best_of(self, other: Floors) -> Floors:
-        """The higher of two measurements: disturbance only lowers them."""
-        return Floors(max(self.read_bytes, other.read_bytes), max(self.flops, other.flops))
+    def mean(self, other: Floors) -> Floors:
+        """Of two measurements."""
+        return Floors((self.read_bytes + other.read_bytes) / 2, (self.flops + other.flops) / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a part of a step must do."""
+
+    num_bytes: int  # to read
+    operations: int
+
+    def seconds(self, floors: Floors) -> float:
+        """At least."""
+        return max(self.num_bytes / floors.read_bytes, self.operations / floors.flops)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Something to measure."""
+
+    name: str
+    step: Callable[[], None]
+    repeats: int  # in a round
+    tokens: int  # that a step computes
+    dense: Part
+    attention: Part
 
 
 def main(
@@ -60,39 +91,34 @@ def main(
     contexts: Annotated[list[int], typer.Option(help="Decode contexts.")] = [512, 2048],  # noqa: B006
     prompts: Annotated[list[int], typer.Option(help="Prompt lengths.")] = [512, 4096],  # noqa: B006
     chunk: Annotated[int, typer.Option(help="Prompt tokens of a prefill step.", min=1)] = 512,
-    steps: Annotated[int, typer.Option(help="Measured decode steps of a case.", min=5)] = 20,
+    rounds: Annotated[int, typer.Option(help="Rounds of a case.", min=1)] = 5,
     name: Annotated[str, typer.Option(help="Results go to engine-NAME.json.")] = "cpu",
 ) -> None:
     """Measure every case and print it beside its floor."""
-    longest = max(max(contexts) + 4 * steps, max(prompts))
-    engine = load(model, threads, max(sequences) * longest, longest)
-    weights = num_weights(engine.model_config)
-    floors = measure_floors(engine.rows.dtype)
-    cases = [("decode", count, context) for context in contexts for count in sequences]
-    cases += [("prefill", 1, prompt) for prompt in prompts]
-    rows = []
-    for kind, count, context in track(cases, description="cases"):
-        if kind == "decode":
-            rows.append(decode(engine, weights, count, context, steps))
-        else:
-            rows.append(prefill(engine, weights, context, chunk))
-    floors = floors.best_of(measure_floors(engine.rows.dtype))
-    for row in rows:
-        floor = max(row["bytes"] / floors.read_bytes, row["operations"] / floors.flops)
-        row["floor_ms"] = floor * 1e3
-        row["of_floor"] = row["floor_ms"] / row["step_ms"]
-    show(rows, floors)
+    most_steps = 2 * STEPS * (rounds + 1)  # in the rounds, before them and for the budget
+    decoded, prompted = max(contexts) + most_steps, max(prompts)
+    tokens = max(max(sequences) * decoded, prompted)
+    engine = load(model, threads, tokens, max(decoded, prompted))
+    measure = floors_meter(engine.rows.dtype)
+    cases = [
+        decode(engine, count, context, most_steps) for context in contexts for count in sequences
+    ]
+    cases += [prefill(engine, prompt, chunk) for prompt in prompts]
+    rows = [measured(case, measure, rounds) for case in track(cases, description="cases")]
+    show(rows)
     RESULTS.mkdir(exist_ok=True)
     machine = {"python": platform.python_version(), "torch": torch.__version__}
     machine |= {"cores": str(os.cpu_count()), "kernel": platform.release(), "threads": str(threads)}
-    figures = {"read_GB_s": floors.read_bytes / 1e9, "GFLOP_s": floors.flops / 1e9}
-    record = {"machine": machine, "model": Path(model).name, "floors": figures, "cases": rows}
+    record = {"machine": machine, "model": Path(model).name, "cases": rows}
     (RESULTS / f"engine-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def load(model: str, threads: int, tokens: int, longest: int) -> Engine:
-    """The engine with room for ``tokens`` tokens of KV, ``longest`` of one sequence."""
-    return Engine.load(
+    """The engine with room for ``tokens`` tokens of KV, ``longest`` of one sequence.
+
+    All of the KV is written: memory that never was is one page of zeros, which the caches hold.
+    """
+    engine = Engine.load(
         EngineConfig(
             model=model,
             num_threads=threads,
@@ -101,15 +127,21 @@ def load(model: str, threads: int, tokens: int, longest: int) -> Engine:
             max_model_len=longest,
         )
     )
+    engine.rows.fill_(1)
+    return engine
 
 
-def measure_floors(dtype: torch.dtype) -> Floors:
-    """Read bandwidth and matrix product rate of the processor, the best of several."""
-    lanes = torch.ones(COPY_BYTES // 8, dtype=torch.int64)
+def floors_meter(dtype: torch.dtype) -> Callable[[], Floors]:
+    """What measures read bandwidth and matrix product rate of the processor, a median of each."""
+    lanes = torch.ones(READ_BYTES // 8, dtype=torch.int64)
     left = torch.ones(MATRIX, MATRIX, dtype=dtype)
-    read = min(seconds_of(lanes.sum) for _ in range(5))
-    product = min(seconds_of(lambda: left @ left) for _ in range(3))
-    return Floors(COPY_BYTES / read, 2 * MATRIX**3 / product)
+
+    def measure() -> Floors:
+        read = statistics.median(seconds_of(lanes.sum) for _ in range(SAMPLES))
+        product = statistics.median(seconds_of(lambda: left @ left) for _ in range(SAMPLES))
+        return Floors(READ_BYTES / read, 2 * MATRIX**3 / product)
+
+    return measure
 
 
 def num_weights(model: ModelConfig) -> int:
@@ -120,11 +152,21 @@ def num_weights(model: ModelConfig) -> int:
     return model.num_layers * layer + model.vocab_size * model.hidden_size
 
 
-def prefill_operations(model: ModelConfig, tokens: int) -> int:
-    """Of one prompt: two for each weight and token, four for each score; the head once."""
+def attention_operations(model: ModelConfig, scores: int) -> int:
+    """Four for each number of a query and key: two for its score, two for its value."""
+    return 4 * model.num_layers * model.num_heads * model.head_dim * scores
+
+
+def dense_prefill_operations(model: ModelConfig, tokens: int) -> int:
+    """Of one prompt: two for each weight and token; the head once."""
     head = model.vocab_size * model.hidden_size
-    scores = model.num_layers * model.num_heads * model.head_dim * tokens * tokens // 2
-    return 2 * tokens * (num_weights(model) - head) + 2 * head + 4 * scores
+    return 2 * tokens * (num_weights(model) - head) + 2 * head
+
+
+def prefill_operations(model: ModelConfig, tokens: int) -> int:
+    """Of one prompt, all of them."""
+    scores = tokens * tokens // 2
+    return dense_prefill_operations(model, tokens) + attention_operations(model, scores)
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -134,10 +176,10 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def decode(engine: Engine, weights: int, count: int, context: int, steps: int) -> dict[str, Any]:
-    """A step of ``count`` sequences: its time, its floor's figures and its budget."""
-    blocks_each = engine.geometry.blocks_for(context + 2 * steps + 4)
-    sampling = SamplingParams(max_tokens=4 * steps, temperature=0.0)
+def decode(engine: Engine, count: int, context: int, most_steps: int) -> Case:
+    """A step of ``count`` sequences, each time of one token more."""
+    blocks_each = engine.geometry.blocks_for(context + most_steps)
+    sampling = SamplingParams(max_tokens=most_steps, temperature=0.0)
     running = [
         Sequence(
             str(number),
@@ -149,7 +191,7 @@ def decode(engine: Engine, weights: int, count: int, context: int, steps: int) -
         for number in range(count)
     ]
     for sequence in running:
-        sequence.num_computed = context - 1  # zeros are as good as any KV here
+        sequence.num_computed = context - 1
 
     def step() -> None:
         batch = Batch(tuple(BatchRow(s, s.num_computed, 1) for s in running))
@@ -157,43 +199,71 @@ def decode(engine: Engine, weights: int, count: int, context: int, steps: int) -
             sequence.num_computed += 1
             sequence.token_ids.append(token_id)
 
-    for _ in range(3):
-        step()
-    seconds = statistics.median(seconds_of(step) for _ in range(steps))
-    kv_bytes = count * (context + steps) * engine.geometry.row_bytes // engine.geometry.block_size
-    return {
-        "case": f"decode {count} @ {context}",
-        "tokens_per_s": count / seconds,
-        "step_ms": seconds * 1e3,
-        "bytes": weights * engine.rows.element_size() + kv_bytes,
-        "operations": 2 * count * weights,
-        "budget_ms": budget(step, max(steps // 4, 3)),
-    }
+    weights, keys = num_weights(engine.model_config), count * context
+    row_bytes = engine.geometry.row_bytes // engine.geometry.block_size
+    return Case(
+        f"decode {count} @ {context}",
+        step,
+        STEPS,
+        count,
+        Part(weights * engine.rows.element_size(), 2 * count * weights),
+        Part(keys * row_bytes, attention_operations(engine.model_config, keys)),
+    )
 
 
-def prefill(engine: Engine, weights: int, tokens: int, chunk: int) -> dict[str, Any]:
-    """One prompt in chunks, alone."""
+def prefill(engine: Engine, tokens: int, chunk: int) -> Case:
+    """One prompt in chunks, alone; all of its chunks count as one step."""
     token_ids = prompt(engine, 0, tokens)
     sampling = SamplingParams(max_tokens=1, temperature=0.0)
     blocks = list(range(engine.geometry.blocks_for(tokens)))
 
-    def run() -> None:
+    def step() -> None:
         sequence = Sequence("0", list(token_ids), tokens, sampling, blocks)
         for start in range(0, tokens, chunk):
             count = min(chunk, tokens - start)
             engine.run(Batch((BatchRow(sequence, start, count),)))
             sequence.num_computed = start + count
 
-    run()
-    seconds = statistics.median(seconds_of(run) for _ in range(3))
-    return {
-        "case": f"prefill {tokens}",
-        "tokens_per_s": tokens / seconds,
-        "step_ms": seconds * 1e3,
-        "bytes": weights * engine.rows.element_size() * -(-tokens // chunk),
-        "operations": prefill_operations(engine.model_config, tokens),
-        "budget_ms": budget(run, 1),
-    }
+    model, row_bytes = engine.model_config, engine.geometry.row_bytes // engine.geometry.block_size
+    weight_bytes = num_weights(model) * engine.rows.element_size() * -(-tokens // chunk)
+    keys = sum(min(start + chunk, tokens) for start in range(0, tokens, chunk))
+    return Case(
+        f"prefill {tokens}",
+        step,
+        1,
+        tokens,
+        Part(weight_bytes, dense_prefill_operations(model, tokens)),
+        Part(keys * row_bytes, attention_operations(model, tokens * tokens // 2)),
+    )
+
+
+def measured(case: Case, measure: Callable[[], Floors], rounds: int) -> dict[str, Any]:
+    """A case's figures: medians over ``rounds`` of its steps and of the machine, in turns."""
+    both = Part(
+        case.dense.num_bytes + case.attention.num_bytes,
+        case.dense.operations + case.attention.operations,
+    )
+    case.step()
+    figures: dict[str, list[float]] = {}
+    before = measure()
+    for _ in range(rounds):
+        seconds = statistics.median(seconds_of(case.step) for _ in range(case.repeats))
+        after = measure()
+        floors = before.mean(after)
+        before = after
+        floor = case.dense.seconds(floors) + case.attention.seconds(floors)
+        for name, value in {
+            "tokens_per_s": case.tokens / seconds,
+            "step_ms": seconds * 1e3,
+            "floor_ms": floor * 1e3,
+            "of_floor": floor / seconds,
+            "of_overlapped": both.seconds(floors) / seconds,
+            "read_GB_s": floors.read_bytes / 1e9,
+            "GFLOP_s": floors.flops / 1e9,
+        }.items():
+            figures.setdefault(name, []).append(value)
+    medians = {name: statistics.median(values) for name, values in figures.items()}
+    return {"case": case.name, **medians, "budget_ms": budget(case.step, case.repeats)}
 
 
 def prompt(engine: Engine, number: int, tokens: int) -> list[int]:
@@ -215,15 +285,17 @@ def budget(step: Callable[[], None], repeats: int) -> dict[str, float]:
     return {**parts, "host": seconds * 1e3 / repeats - sum(parts.values())}
 
 
-def show(rows: list[dict[str, Any]], floors: Floors) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
     """Print a table."""
-    title = f"read {floors.read_bytes / 1e9:.1f} GB/s, {floors.flops / 1e9:.0f} GFLOP/s"
-    table = Table("case", "tokens/s", "ms", "floor ms", "of floor", *PHASES, title=title)
+    columns = {"tokens/s": "tokens_per_s", "ms": "step_ms", "floor ms": "floor_ms"}
+    ratios = {"of floor": "of_floor", "of overlapped": "of_overlapped"}
+    rates = {"GB/s": "read_GB_s", "GFLOP/s": "GFLOP_s"}
+    table = Table("case", *columns, *ratios, *rates, *PHASES)
     for row in rows:
-        figures = [row[name] for name in ("tokens_per_s", "step_ms", "floor_ms")]
-        parts = [f"{value:.1f}" for value in row["budget_ms"].values()]
-        texts = [f"{figure:.1f}" for figure in figures]
-        table.add_row(row["case"], *texts, f"{row['of_floor']:.2f}", *parts)
+        texts = [f"{row[name]:.1f}" for name in columns.values()]
+        texts += [f"{row[name]:.2f}" for name in ratios.values()]
+        texts += [f"{row[name]:.0f}" for name in rates.values()]
+        table.add_row(row["case"], *texts, *(f"{value:.1f}" for value in row["budget_ms"].values()))
     Console(width=max(Console().width, TABLE_WIDTH)).print(table)
 
 

@@ -21,7 +21,7 @@ import triton
 import typer
 from rich.console import Console
 
-from bench.engine import Floors, measure_floors
+from bench.engine import Floors, floors_meter
 from bench.gpu import (
     blocks,
     decode_attention,
@@ -68,7 +68,7 @@ def gpu(
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             record = Record(Path(folder) / "figures.json", resume=False)
-            done = _end_to_end(TINY, measure_floors(torch.bfloat16), record, bound)
+            done = _end_to_end(TINY, floors_meter(torch.bfloat16)(), record, bound)
         raise typer.Exit(0 if done else 1)
     if not torch.cuda.is_available():
         print("bench.gpu needs a CUDA GPU, and torch sees none", file=sys.stderr)

@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
-#include "attention.h"
+#include "decode_ahead.h"
+#include "decode_arithmetic.h"
 #include "decode_items.h"
 
 namespace {
@@ -16,138 +18,145 @@ using namespace kvferry;
 
 constexpr size_t kRuns = 4;           // of up to 16 tokens, weighed together
 constexpr int64_t kSerial = 1 << 16;  // elements of keys that one thread attends to soonest
+constexpr int64_t kSteps = 12;        // of work on a run and head, or a few more
 
-// Of one head: scores first, then what they become.
-using Weights = float[kRuns][kLanes];
-
-// A head's query, and how a vector's worth of it is multiplied by a key's.
+// A head's query, zeros after it.
 template <class T>
 struct Query {
-    static constexpr int64_t kStep = kLanes;
-    float values[kMaxHeadDim];
+    typename DecodeArithmetic<T>::Number values[kMaxHeadDim] = {};
 
     void set(const T* from, int64_t head_dim) {
         for (int64_t start = 0; start < head_dim; start += kLanes)
             store(values + start, load_some(from + start, head_dim - start));
     }
-
-    static Floats load_key(const T* from) { return load(from); }
-
-    static Floats multiply_add(Floats sums, Floats query, Floats key) { return sums + query * key; }
 };
 
-#if defined(__AVX512BF16__)
-template <>
-struct Query<BFloat16> {
-    static constexpr int64_t kStep = 2 * kLanes;
-    BFloat16 values[kMaxHeadDim];
-
-    void set(const BFloat16* from, int64_t head_dim) {
-        std::memset(values, 0, sizeof(values));
-        std::memcpy(values, from, head_dim * sizeof(BFloat16));
-    }
-
-    static Floats load_key(const BFloat16* from) { return load_vector<Floats>(from); }
-
-    static Floats multiply_add(Floats sums, Floats query, Floats key) {
-        return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)query, (__m512bh)key);
-    }
-};
-#endif
-
-// Up to 16 of a row's tokens, one after the other in one block.
+// Of one head: what its scores become.
 template <class T>
-struct Run {
-    const T* keys;
-    const T* values;
-    int64_t count;
-};
+using Weights = typename DecodeArithmetic<T>::Number[kRuns][kLanes];
 
-// The processor cannot guess where the next block lies. Nothing waits for a prefetch, but many in a
-// row wait for each other: they stand between other work.
-template <class T>
-void prefetch(const T* from, int64_t count) {
-    for (size_t at = 0; at < count * sizeof(T); at += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(from) + at, 0, 2);
-}
+// GCC keeps arrays of sums in registers where it unrolls their loops early, which the pragmas here
+// and below ask for; otherwise it stores them at every step.
 
-// Vectors whose lanes add up to the products of the query and kTokens keys. Prefetches as many keys
-// from `later` on.
-template <int kTokens, class T>
-void multiply_keys(const Query<T>& query, const T* keys, const T* later, int64_t head_dim,
+// The products of kHeads queries and kTokens keys: vectors whose lanes add up to that of query h
+// and key t go to products[h * kLanes + t].
+template <int kHeads, int kTokens, class T>
+void multiply_keys(const Query<T>* queries, const T* keys, int64_t head_dim, Ahead<T>& ahead,
                    Floats* products) {
-    constexpr int64_t kStep = Query<T>::kStep;
-    Floats sums[kTokens] = {};
+    using Arithmetic = DecodeArithmetic<T>;
+    constexpr int64_t kStep = Arithmetic::kKeyStep;
+    Floats sums[kHeads][kTokens] = {};
     int64_t start = 0;
     for (; start + kStep <= head_dim; start += kStep) {
-        const Floats part = load_vector<Floats>(query.values + start);
+        ahead.step();
+#pragma GCC unroll 4
         for (int token = 0; token < kTokens; ++token) {
-            sums[token] = Query<T>::multiply_add(
-                sums[token], part, Query<T>::load_key(keys + token * head_dim + start));
-            prefetch(later + start * kTokens + token * kStep, kStep);
+            const Floats key = Arithmetic::load_key(keys + token * head_dim + start, kStep);
+#pragma GCC unroll 2
+            for (int head = 0; head < kHeads; ++head)
+                sums[head][token] = Arithmetic::add_product(
+                    sums[head][token], load_vector<Floats>(queries[head].values + start), key);
         }
     }
-    if (start < head_dim) {
-        const Floats part = load_vector<Floats>(query.values + start);
-        for (int token = 0; token < kTokens; ++token) {
-            T rest[kStep] = {};
-            std::memcpy(rest, keys + token * head_dim + start, (head_dim - start) * sizeof(T));
-            sums[token] = Query<T>::multiply_add(sums[token], part, Query<T>::load_key(rest));
+#pragma GCC unroll 2
+    for (int head = 0; head < kHeads; ++head)
+#pragma GCC unroll 4
+        for (int token = 0; token < kTokens; ++token)
+            products[head * kLanes + token] = sums[head][token];
+    if (start == head_dim) return;
+    for (int token = 0; token < kTokens; ++token) {
+        const Floats key = Arithmetic::load_key(keys + token * head_dim + start, head_dim - start);
+        for (int head = 0; head < kHeads; ++head) {
+            Floats& sum = products[head * kLanes + token];
+            sum = Arithmetic::add_product(sum, load_vector<Floats>(queries[head].values + start),
+                                          key);
         }
     }
-    for (int token = 0; token < kTokens; ++token) products[token] = sums[token];
 }
 
-// scale * q K^T; minus infinity for the lanes of no token.
-template <class T>
-Floats scores_of(const Query<T>& query, const Run<T>& run, const Run<T>& later, int64_t head_dim,
-                 float scale) {
-    Floats products[kLanes] = {};
-    if (run.count == kLanes)
-        multiply_keys<kLanes>(query, run.keys, later.keys, head_dim, products);
-    else
-        for (int64_t token = 0; token < run.count; ++token)
-            multiply_keys<1>(query, run.keys + token * head_dim, later.keys + token * head_dim,
-                             head_dim, products + token);
+// Writes scale * q K^T of kHeads queries and a run's keys; minus infinity where no token is.
+template <int kHeads, class T>
+void score(const Query<T>* queries, const Run<T>& run, int64_t head_dim, float scale,
+           Ahead<T>& ahead, size_t run_index, float (*scores)[kRuns][kLanes]) {
+    constexpr int kTokens = 4;
+    Floats products[kHeads][kLanes] = {};
+    int64_t token = 0;
+    for (; token + kTokens <= run.count; token += kTokens)
+        multiply_keys<kHeads, kTokens>(queries, run.keys + token * head_dim, head_dim, ahead,
+                                       &products[0][token]);
+    for (; token < run.count; ++token)
+        multiply_keys<kHeads, 1>(queries, run.keys + token * head_dim, head_dim, ahead,
+                                 &products[0][token]);
     Ints lanes;
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
-    return lanes < int32_t(run.count) ? sums_of(products) * scale : Floats{} + kNothing;
+    for (int head = 0; head < kHeads; ++head)
+        store(scores[head][run_index], lanes < int32_t(run.count)
+                                           ? sums_of(products[head]) * scale
+                                           : Floats{} + kNothing);
 }
 
-// Adds the values, times each head's weights, to the states of kHeads heads; of the values only
-// kVectors vectors from `start` on, or what there is of a single one.
-template <int kHeads, int kVectors, class T>
-void add_slice(State* states, const Weights* weights, size_t run_index, const Run<T>& run,
-               const Run<T>& later, int64_t head_dim, int64_t start) {
-    Floats sums[kHeads][kVectors];
-    for (int head = 0; head < kHeads; ++head)
-        for (int vector = 0; vector < kVectors; ++vector)
-            sums[head][vector] = load(states[head].values + start + vector * kLanes);
-    for (int64_t token = 0; token < run.count; ++token) {
-        const T* from = run.values + token * head_dim + start;
-        prefetch(later.values + token * head_dim + start, kVectors * kLanes);
-        Floats values[kVectors];
-        for (int vector = 0; vector < kVectors; ++vector)
-            values[vector] = kVectors > 1 ? load(from + vector * kLanes)
-                                          : load_some(from, head_dim - start);
-        for (int head = 0; head < kHeads; ++head)
-            for (int vector = 0; vector < kVectors; ++vector)
-                sums[head][vector] += values[vector] * weights[head][run_index][token];
+// Finds the weights of the runs' values for kHeads heads.
+template <int kHeads, class T>
+void weigh(const Query<T>* queries, const Run<T>* runs, size_t count, int64_t head_dim, float scale,
+           Ahead<T>& ahead, State* states, Weights<T>* weights) {
+    float scores[kHeads][kRuns][kLanes];
+    for (size_t run = 0; run < count; ++run)
+        score<kHeads>(queries, runs[run], head_dim, scale, ahead, run, scores);
+    for (int head = 0; head < kHeads; ++head) {
+        states[head].take(scores[head][0], count, head_dim);
+        for (size_t run = 0; run < count; ++run) store(weights[head][run], load(scores[head][run]));
     }
+}
+
+// Adds the run's values, times each head's weights, to the states of kHeads heads: kVectors times
+// kWide numbers from `start` on, or the `count` there are.
+template <int kHeads, int kVectors, class T>
+void add_slice(State* states, const Weights<T>* weights, size_t run_index, const Run<T>& run,
+               int64_t head_dim, int64_t start, int64_t count, Ahead<T>& ahead) {
+    using Arithmetic = DecodeArithmetic<T>;
+    static constexpr T kZeros[kMaxHeadDim] = {};
+    Floats sums[kHeads][2 * kVectors];
+#pragma GCC unroll 4
     for (int head = 0; head < kHeads; ++head)
-        for (int vector = 0; vector < kVectors; ++vector)
+#pragma GCC unroll 8
+        for (int vector = 0; vector < 2 * kVectors; ++vector)
+            sums[head][vector] = load(states[head].values + start + vector * kLanes);
+    for (int64_t token = 0; token < run.count; token += Arithmetic::kTokens) {
+        const T* first = run.values + token * head_dim + start;
+        const T* second = token + 1 < run.count ? first + head_dim : kZeros;
+        ahead.step();
+#pragma GCC unroll 4
+        for (int vector = 0; vector < kVectors; ++vector) {
+            Floats values[2];
+            Arithmetic::load_values(first + vector * kWide, second + vector * kWide,
+                                    count - vector * kWide, values);
+#pragma GCC unroll 4
+            for (int head = 0; head < kHeads; ++head)
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; ++half)
+                    sums[head][2 * vector + half] =
+                        Arithmetic::add_weighted(sums[head][2 * vector + half], values[half],
+                                                 &weights[head][run_index][token]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int head = 0; head < kHeads; ++head)
+#pragma GCC unroll 8
+        for (int vector = 0; vector < 2 * kVectors; ++vector)
             store(states[head].values + start + vector * kLanes, sums[head][vector]);
 }
 
 template <int kHeads, class T>
-void add_values(State* states, const Weights* weights, size_t run_index, const Run<T>& run,
-                const Run<T>& later, int64_t head_dim) {
-    constexpr int kVectors = 8 / kHeads;  // eight sums that do not wait for each other
+void add_values(State* states, const Weights<T>* weights, size_t run_index, const Run<T>& run,
+                int64_t head_dim, Ahead<T>& ahead) {
+    constexpr int kVectors = kHeads < 4 ? 4 : 2;  // at most 16 sums
     int64_t start = 0;
-    for (; start + kVectors * kLanes <= head_dim; start += kVectors * kLanes)
-        add_slice<kHeads, kVectors>(states, weights, run_index, run, later, head_dim, start);
-    for (; start < head_dim; start += kLanes)
-        add_slice<kHeads, 1>(states, weights, run_index, run, later, head_dim, start);
+    for (; start + kVectors * kWide <= head_dim; start += kVectors * kWide)
+        add_slice<kHeads, kVectors>(states, weights, run_index, run, head_dim, start,
+                                    kVectors * kWide, ahead);
+    for (; start < head_dim; start += kWide)
+        add_slice<kHeads, 1>(states, weights, run_index, run, head_dim, start, head_dim - start,
+                             ahead);
 }
 
 // Where an item's thread is. A block's heads lie side by side in memory, so they are taken in turn
@@ -175,10 +184,21 @@ size_t next_runs(const Cache<T>& cache, const int32_t* table, const Item& item, 
     return count;
 }
 
+// Calls process(kHeads, head) for all of the group's heads, up to kMost at a time.
+template <int kMost, class Process>
+void by_heads(size_t group, Process process) {
+    size_t head = 0;
+    for (; head + kMost <= group; head += kMost)
+        process(std::integral_constant<int, kMost>{}, head);
+    if constexpr (kMost > 1)
+        by_heads<kMost / 2>(
+            group - head, [&](auto heads, size_t rest) { process(heads, head + rest); });
+}
+
 // Attends from the item's query heads; queries and states are those from its first head on.
 template <class T>
-void attend(const Cache<T>& cache, const int32_t* table, const Item& item,
-            const Query<T>* queries, State* states, Weights* weights, size_t group, float scale) {
+void attend(const Cache<T>& cache, const int32_t* table, const Item& item, const Query<T>* queries,
+            State* states, Weights<T>* weights, size_t group, float scale) {
     const int64_t head_dim = cache.head_dim;
     Run<T> runs[kRuns], following[kRuns];
     Place place{item.begin, item.first_head};
@@ -187,24 +207,17 @@ void attend(const Cache<T>& cache, const int32_t* table, const Item& item,
     while (count > 0) {
         const int64_t following_head = place.kv_head;
         const size_t then = next_runs(cache, table, item, place, following);
-        const auto later = [&](size_t run) { return run < then ? following[run] : runs[run]; };
+        Ahead<T> ahead(following, then, head_dim, count * group * kSteps);
         const size_t first = (kv_head - item.first_head) * group;
+        by_heads<2>(group, [&](auto heads, size_t head) {
+            weigh<heads()>(queries + first + head, runs, count, head_dim, scale, ahead,
+                           states + first + head, weights + head);
+        });
         for (size_t run = 0; run < count; ++run)
-            for (size_t head = 0; head < group; ++head)
-                store(weights[head][run],
-                      scores_of(queries[first + head], runs[run], later(run), head_dim, scale));
-        for (size_t head = 0; head < group; ++head)
-            states[first + head].take(weights[head][0], count, head_dim);
-        for (size_t run = 0; run < count; ++run) {
-            const auto add = [&](auto add_values, size_t head) {
-                add_values(states + first + head, weights + head, run, runs[run], later(run),
-                           head_dim);
-            };
-            size_t head = 0;
-            for (; head + 4 <= group; head += 4) add(add_values<4, T>, head);
-            for (; head + 2 <= group; head += 2) add(add_values<2, T>, head);
-            if (head < group) add(add_values<1, T>, head);
-        }
+            by_heads<4>(group, [&](auto heads, size_t head) {
+                add_values<heads()>(states + first + head, weights + head, run, runs[run],
+                                    head_dim, ahead);
+            });
         std::copy(following, following + then, runs);
         count = then;
         kv_head = following_head;
@@ -240,7 +253,7 @@ void decode_attention(const T* q, int64_t q_row_stride, int64_t q_head_stride, C
 #pragma omp parallel if (work.keys * cache.head_dim > kSerial)
     {
         std::vector<Query<T>> queries(heads);
-        const std::unique_ptr<Weights[]> weights(new Weights[group]);
+        const std::unique_ptr<Weights<T>[]> weights(new Weights<T>[group]);
 #pragma omp for schedule(dynamic)
         for (size_t index = 0; index < work.items.size(); ++index) {
             const Item& item = work.items[index];
