@@ -29,7 +29,9 @@ def gather_blocks(rows: Tensor, block_ids: Sequence[int], out: Tensor) -> list[i
         from kernels.gpu.block_copy import gather_blocks_triton
 
         return gather_blocks_triton(rows, block_ids, out)
-    return copy_blocks(_bytes(rows), block_ids, _bytes(out), range(len(block_ids)))
+    # What is packed is sent or stored next.
+    positions = range(len(block_ids))
+    return _copy(_bytes(rows), block_ids, _bytes(out), positions, keep_cached=True)
 
 
 def scatter_blocks(source: Tensor, block_ids: Sequence[int], rows: Tensor) -> list[int]:
@@ -57,6 +59,17 @@ def copy_blocks(
     Raises IndexError for an id outside its array, ValueError for rows that are not whole lanes and
     for id lists of two lengths.
     """
+    return _copy(source, source_ids, rows, block_ids, keep_cached=False)
+
+
+def _copy(
+    source: NDArray[np.uint8],
+    source_ids: Sequence[int],
+    rows: NDArray[np.uint8],
+    block_ids: Sequence[int],
+    *,
+    keep_cached: bool,
+) -> list[int]:
     check_lanes(rows.shape[1])
     from_ids = checked_ids(source_ids, len(source))
     to_ids = checked_ids(block_ids, len(rows))
@@ -64,7 +77,7 @@ def copy_blocks(
         raise ValueError(f"{len(from_ids)} blocks cannot be copied to {len(to_ids)}")
     native = library.load()
     if native is not None:
-        return copy_blocks_native(native, source, from_ids, rows, to_ids)
+        return copy_blocks_native(native, source, from_ids, rows, to_ids, keep_cached)
     for from_id, to_id in zip(from_ids, to_ids, strict=True):
         rows[to_id] = source[from_id]
     return digest_blocks_torch(torch.from_numpy(rows), block_ids)

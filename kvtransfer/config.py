@@ -12,6 +12,7 @@ class TransferConfig:
     stage_below: int = 1 << 20  # scattered rows smaller than this are packed into messages
     staging_bytes: int = 2 << 20  # of a staging slot, and so of a packed message; at least one row
     staging_slots: int = 8  # on either side
+    in_place_bytes: int = 16 << 20  # of a message that the peer copies; at least one row
     message_bytes: int = 4 << 20  # of any other message, but at least one row
     max_in_flight: int = 32  # messages to one peer, and messages being received
     stall: float = 30.0  # a peer that moves nothing, or one receive that lasts: connections end

@@ -119,7 +119,7 @@ class Sender:
             link = self._links[address] = _Link(address, connection, self._clock())
         arena, config = self._arena, self._config
         if link.connection.in_place:
-            pieces = cut_evenly(first, source, arena.row_bytes, config.message_bytes)
+            pieces = cut_evenly(first, source, arena.row_bytes, config.in_place_bytes)
         elif arena.layout is not None:
             pieces = cut_evenly(first, source, arena.wire_bytes, config.staging_bytes)
         else:

@@ -182,9 +182,9 @@ class TransferThread:
         while not self._stopping:
             self._round = time.monotonic()
             moved = self._run_commands()
+            moved |= transport.progress()
             moved |= self._sender.step()
             moved |= self._receiver.step()
-            moved |= transport.progress()
             idle = 0 if moved else idle + 1
             if idle > (SPINS if self._sender.busy or self._receiver.busy else 0):
                 transport.wait(NAP)

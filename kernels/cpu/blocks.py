@@ -19,8 +19,9 @@ def copy_blocks_native(
     source_ids: Ids,
     rows: Rows,
     block_ids: Ids,
+    keep_cached: bool,
 ) -> list[int]:
-    """``kernels.block_copy.copy_blocks``."""
+    """``kernels.block_copy.copy_blocks``; ``keep_cached`` if the copy is read again at once."""
     digests = np.empty(len(block_ids), np.uint64)
     library.copy_blocks(
         _address(source),
@@ -29,6 +30,7 @@ def copy_blocks_native(
         block_ids.ctypes,
         ctypes.c_int64(len(block_ids)),
         ctypes.c_int64(rows.shape[1] // LANE_BYTES),
+        ctypes.c_int64(keep_cached),
         digests.ctypes,
     )
     copied: list[int] = digests.tolist()

@@ -166,7 +166,10 @@ void dequantize(const uint8_t* packed, T* row, const Layout& layout) {
 
 uint64_t digest_of(const uint8_t* packed, const Layout& layout) {
     const int64_t lanes = layout.row_bytes() / int64_t(sizeof(uint64_t));
-    return digest<false>(reinterpret_cast<const uint64_t*>(packed), nullptr, lanes);
+    const auto* row = reinterpret_cast<const uint64_t*>(packed);
+    uint64_t digest;
+    digest_rows<Copy::kNone, 1>(&row, nullptr, lanes, &digest);
+    return digest;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ import torch
 
 from kernels.block_copy import copy_blocks
 from kernels.digest import digest_blocks as public_digest_blocks
+from kernels.digest import digest_blocks_torch
 from tests.kernels.implementation import (
     INTERPRETED,
     digest_blocks,
@@ -65,6 +66,21 @@ class TestCopyBlocks:
         assert (rows[[0, 4]] == source[[3, 1]]).all()
         assert (rows[1:4] == 7).all()
         assert digests == public_digest_blocks(torch.from_numpy(rows), [0, 4])
+
+    @pytest.mark.parametrize("offset", [0, 8])  # bytes: on a line of the cache, and not
+    @pytest.mark.parametrize("row_bytes", [64, 576, 2048, 2624])  # whole lines
+    @pytest.mark.parametrize("count", [1, 4, 7])
+    def test_some_rows_of_whole_lines(self, offset: int, row_bytes: int, count: int) -> None:
+        memory = torch.full((9 * row_bytes + offset,), 7, dtype=torch.uint8)
+        rows = memory[offset:].view(9, row_bytes).numpy()
+        source = np.random.default_rng(1).integers(0, 256, (9, row_bytes), dtype=np.uint8)
+        source_ids, block_ids = [3, 1, 8, 0, 6, 2, 7][:count], [8, 4, 0, 5, 1, 6, 3][:count]
+        digests = copy_blocks(source, source_ids, rows, block_ids)
+        assert (rows[block_ids] == source[source_ids]).all()
+        others = [block for block in range(9) if block not in block_ids]
+        assert (rows[others] == 7).all()
+        assert (memory[:offset] == 7).all()
+        assert digests == digest_blocks_torch(torch.from_numpy(source), source_ids)
 
     @pytest.mark.parametrize(("source_ids", "block_ids"), [([4], [0]), ([0], [5]), ([-1], [0])])
     def test_ids_outside(self, source_ids: list[int], block_ids: list[int]) -> None:

@@ -26,7 +26,11 @@ from tests.kvtransfer.peers import DEADLINE, Spawn, spawner, transfer
 
 SMALL, LARGE = 512, 64 << 10  # bytes of a row: packed, and sent from the arena
 TIGHT = TransferConfig(
-    staging_bytes=4 * SMALL, staging_slots=1, message_bytes=4 * SMALL, max_in_flight=1
+    staging_bytes=4 * SMALL,
+    staging_slots=1,
+    in_place_bytes=4 * SMALL,
+    message_bytes=4 * SMALL,
+    max_in_flight=1,
 )
 
 
