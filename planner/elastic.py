@@ -41,6 +41,7 @@ class ElasticRoute:
         self._prompts = Prompts(placement.num_workers, profile)  # in either role
         self._places = Places(placement.num_workers, placement, profile)  # that decode holds
         self._workers: dict[int, Workers] = {}
+        self._waiting: Sequence[Job] = ()
         self._limits, self._predict = limits, predict
         self._rate = prefill_rate(profile)
         self._state = State.at_start(0.0, limits)
@@ -49,8 +50,11 @@ class ElasticRoute:
         self.decisions: list[Decision] = []
         self.judged: list[Decision] = []
 
-    def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
+    def watch(
+        self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool], waiting: Sequence[Job]
+    ) -> None:
         """See ``Route``. Caches play no part."""
+        self._waiting = waiting
 
     def choose(self, job: Job, now: float) -> Workers | None:
         """See ``Route``."""
@@ -116,8 +120,13 @@ class ElasticRoute:
                 self._placement.local_prefill_tokens,
             ),
             sorted((row for row in rows if row.arrival >= 0), key=lambda row: row.arrival),
-            wait=self._wait(now),
-            num_open=len(self._workers),
+            [
+                Row(request.arrival - begin, request.prompt_tokens, 0, 0, None, None)
+                for request in (job.request for job in self._waiting)
+                if request.arrival >= begin
+            ],
+            self._wait(now),
+            num_open=len(self._waiting) + len(self._workers),
             changing=bool(self._next) or max(self._ready) > now,
         )
         self._state, judged = judge(seen, self._state, now, self._limits)
@@ -128,8 +137,12 @@ class ElasticRoute:
             self._change(decision, now)
 
     def _wait(self, now: float) -> float:
-        queued = min(self._prompts.tokens[index] for index in self._serving("prefill", now))
-        return queued / self._rate
+        """As ``router.admission`` tells it: the forecast, or what the first has waited already."""
+        prefill = self._serving("prefill", now)
+        ahead = sum(self._prompts.tokens[index] for index in prefill)
+        ahead += sum(job.request.prompt_tokens for job in self._waiting)
+        first = min((job.request.arrival for job in self._waiting), default=now)
+        return max(ahead / (len(prefill) * self._rate), now - first)
 
     def _change(self, decision: Decision, now: float) -> None:
         """The least loaded workers of the pool that shrinks change."""

@@ -26,8 +26,10 @@ Workers = tuple[int | None, int]
 class Route(Protocol):
     """Chooses workers and hears when they are done with a job."""
 
-    def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
-        """The workers' block pools, before the first job."""
+    def watch(
+        self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool], waiting: Sequence[Job]
+    ) -> None:
+        """The workers' block pools, and the jobs that have no workers yet; before the first job."""
 
     def choose(self, job: Job, now: float) -> Workers | None:
         """The job's workers; None when it must wait in the router, for another's end."""
@@ -61,8 +63,10 @@ class RouterPolicy:
                 info = _registration(role, index, placement, profile)
                 self._registry.register(info.worker_id.encode(), info, now=0.0)
 
-    def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
-        """See ``Route``."""
+    def watch(
+        self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool], waiting: Sequence[Job]
+    ) -> None:
+        """See ``Route``. What waits plays no part."""
         for pool, worker in zip([*prefill, *decode], self._registry.all(), strict=True):
             pool.listeners.append(_Findable(worker.cached.keys))
 
@@ -187,8 +191,10 @@ class LeastLoaded:
         self._places = Places(num_decode, placement, profile)
         self._workers: dict[int, Workers] = {}
 
-    def watch(self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool]) -> None:
-        """See ``Route``. Caches play no part."""
+    def watch(
+        self, prefill: Sequence[BlockPool], decode: Sequence[BlockPool], waiting: Sequence[Job]
+    ) -> None:
+        """See ``Route``. Neither caches nor what waits play a part."""
 
     def choose(self, job: Job, now: float) -> Workers | None:
         """See ``Route``."""

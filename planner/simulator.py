@@ -108,7 +108,8 @@ class _Simulation:
             both = bool(placement.colocated or placement.local_prefill_tokens)
             num_decode = placement.decode or placement.colocated
             self._decode = [worker(prefill=both, decode=True) for _ in range(num_decode)]
-        route.watch([w.pool for w in self._prefill], [w.pool for w in self._decode])
+        pools = [[worker.pool for worker in pool] for pool in (self._prefill, self._decode)]
+        route.watch(pools[0], pools[1], self._unplaced)
         self._link_free = [0.0] * len(self._prefill)  # when each prefill worker's link is
         self._pending: list[deque[Job]] = [deque() for _ in self._decode]  # want room in decode
 
