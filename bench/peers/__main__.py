@@ -32,6 +32,7 @@ Venvs = Annotated[Path, typer.Option(help="Where the peers' environments are.")]
 Only = Annotated[list[str] | None, typer.Option(help="Rows whose name begins so. Default: all.")]
 Resume = Annotated[bool, typer.Option(help="Keep what was measured, add what is missing.")]
 Out = Annotated[Path | None, typer.Option(help="The JSON file. Default: in bench/results.")]
+Rounds = Annotated[int, typer.Option(help="Turns of all rows; figures are medians.", min=1)]
 Model = Annotated[Path, typer.Argument(help="Folder with the model.", exists=True)]
 
 VENVS = Path.home() / ".cache" / "kvferry" / "peers"
@@ -100,7 +101,8 @@ def systems(
 def transfers(
     max_tokens: Annotated[int, typer.Option(help="Longest prompt whose KV moves.")] = 32768,
     only: Only = None,
-    bound: Annotated[float, typer.Option(help="Seconds for each transfer engine.")] = 80,
+    bound: Annotated[float, typer.Option(help="Seconds for each transfer engine, a round.")] = 80,
+    rounds: Rounds = 3,
     resume: Resume = False,
     out: Out = None,
     venvs: Venvs = VENVS,
@@ -110,7 +112,7 @@ def transfers(
     arena = max(case.num_bytes for case in cases)
     record = Record(out or RESULTS / "peers-transfers.json", resume)
     peers = transfer_peers.peers(_site(venvs), arena)
-    compare(_chosen(peers, only), cases, record, bound, console)
+    compare(_chosen(peers, only), cases, record, bound, console, rounds)
     _show(record, ["GiB/s"], "Transfers", "kvferry, TCP")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -27,9 +28,9 @@ class Record:
             "kernel": platform.release(),
         }
 
-    def has(self, peer: str, case: str) -> bool:
-        """Whether the case was measured; a failure does not count, it is tried again."""
-        return "figures" in self._data["cells"].get(peer, {}).get(case, {})
+    def num_rounds(self, peer: str, case: str) -> int:
+        """How often the case was measured; a failure does not count, it is tried again."""
+        return len(self._data["cells"].get(peer, {}).get(case, {}).get("rounds", ()))
 
     def describe(self, peer: str, about: dict[str, Any]) -> None:
         """Keep a peer's versions and settings, and how busy the machine was when it began."""
@@ -37,13 +38,19 @@ class Record:
         self._save()
 
     def put(self, peer: str, case: str, figures: Figures, runs: Any) -> None:
-        """Keep a case's figures and what they were computed from."""
-        self._cell(peer)[case] = {"figures": figures, "runs": runs}
+        """Keep a round's figures of a case and what they were computed from.
+
+        The case's figures are the medians of its rounds'.
+        """
+        former = self._cell(peer).get(case, {}).get("rounds", [])
+        rounds = [*former, {"figures": figures, "runs": runs}]
+        medians = {name: median(r["figures"][name] for r in rounds) for name in figures}
+        self._cell(peer)[case] = {"figures": medians, "rounds": rounds}
         self._save()
 
     def fail(self, peer: str, case: str, reason: str) -> None:
-        """Keep why a case has no figures."""
-        self._cell(peer)[case] = {"failed": reason}
+        """Keep why a case has no figures, unless an earlier round gave it some."""
+        self._cell(peer).setdefault(case, {"failed": reason})
         self._save()
 
     def failures(self) -> dict[str, str]:

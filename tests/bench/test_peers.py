@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,12 @@ def peer(name: str, figures: dict[str, float], asked: list[str]) -> Peer:
     return Peer(name, start)
 
 
+def measured(*rates: float) -> dict[str, Any]:
+    """A cell of so many rounds."""
+    rounds = [{"figures": {"rate": rate}, "runs": [rate]} for rate in rates]
+    return {"figures": {"rate": statistics.median(rates)}, "rounds": rounds}
+
+
 def cells(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())["cells"]
 
@@ -50,11 +57,8 @@ def test_one_failing_peer_costs_the_others_nothing(tmp_path: Path) -> None:
     peers = [peer("bad", {"a": 1.0}, []), peer("good", {"a": 2.0, "b": 3.0}, [])]
     compare(peers, ["a", "b"], record, 1.0, QUIET)
     assert cells(tmp_path / "out.json") == {
-        "bad": {"a": {"figures": {"rate": 1.0}, "runs": [1.0]}, "b": {"failed": "bad cannot do b"}},
-        "good": {
-            "a": {"figures": {"rate": 2.0}, "runs": [2.0]},
-            "b": {"figures": {"rate": 3.0}, "runs": [3.0]},
-        },
+        "bad": {"a": measured(1.0), "b": {"failed": "bad cannot do b"}},
+        "good": {"a": measured(2.0), "b": measured(3.0)},
     }
     assert record.failures() == {"bad": "bad cannot do b"}
 
@@ -67,7 +71,21 @@ def test_a_resumed_run_asks_only_for_what_has_no_figures(tmp_path: Path) -> None
     compare(again, ["a", "b"], Record(path, resume=True), 1.0, QUIET)
     compare(again, ["a", "b"], Record(path, resume=True), 1.0, QUIET)
     assert asked == ["p b"]
-    assert cells(path)["p"]["b"] == {"figures": {"rate": 2.0}, "runs": [2.0]}
+    assert cells(path)["p"]["b"] == measured(2.0)
+
+
+def test_rounds_take_turns_and_their_median_counts(tmp_path: Path) -> None:
+    asked: list[str] = []
+    figures = {"a": 1.0}
+    peers = [peer("p", figures, asked), peer("q", {"a": 5.0}, asked)]
+    record = Record(tmp_path / "out.json", resume=False)
+    compare(peers, ["a"], record, 1.0, QUIET)
+    figures["a"] = 4.0
+    compare(peers, ["a"], record, 1.0, QUIET, rounds=2)
+    del figures["a"]  # a failure leaves what there is
+    compare(peers, ["a"], record, 1.0, QUIET, rounds=3)
+    assert asked == ["p a", "q a", "p a", "q a", "p a", "q a"]
+    assert cells(tmp_path / "out.json")["p"]["a"] == measured(1.0, 4.0)
 
 
 def test_ratios_are_to_the_baseline_of_the_same_case(tmp_path: Path) -> None:
