@@ -65,9 +65,10 @@ def install(
 @app.command()
 def engines(
     model: Model,
-    long: Annotated[bool, typer.Option(help="Decode at 2048 tokens of context too.")] = False,
+    long: Annotated[bool, typer.Option(help="Decode 1 and 8 at 2048 tokens too.")] = False,
     only: Only = None,
-    bound: Annotated[float, typer.Option(help="Seconds for each engine, once loaded.")] = 80,
+    bound: Annotated[float, typer.Option(help="Seconds for each engine, once loaded, a round.")] = 80,
+    rounds: Rounds = 1,
     resume: Resume = False,
     out: Out = None,
     venvs: Venvs = VENVS,
@@ -77,7 +78,7 @@ def engines(
     kv_tokens = max(case.kv_tokens for case in cases)
     record = Record(out or RESULTS / "peers-engines.json", resume)
     peers = engine_peers.peers(model, _site(venvs), kv_tokens)
-    compare(_chosen(peers, only), cases, record, bound, console)
+    compare(_chosen(peers, only), cases, record, bound, console, rounds)
     _show(record, ["tokens/s"], "Engines, two threads", "kvferry")
 
 
