@@ -67,7 +67,7 @@ def engines(
     model: Model,
     long: Annotated[bool, typer.Option(help="Decode 1 and 8 at 2048 tokens too.")] = False,
     only: Only = None,
-    bound: Annotated[float, typer.Option(help="Seconds for each engine, once loaded, a round.")] = 80,
+    bound: Annotated[float, typer.Option(help="Seconds for an engine, once loaded.")] = 80,
     rounds: Rounds = 1,
     resume: Resume = False,
     out: Out = None,

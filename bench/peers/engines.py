@@ -24,8 +24,6 @@ REPOSITORY = Path(__file__).parents[2]
 TOKEN_BYTES = 2  # of a number in the KV cache
 START_TIMEOUT = 240.0  # seconds; vLLM compiles the model the first time
 MARGIN = 256  # tokens a sequence may generate in a decode case, and a page of transformers
-
-
 MOST_CONTEXT = 16 << 10  # tokens of all sequences of a case
 
 
