@@ -31,7 +31,8 @@ pytestmark = [
 PATIENCE = 120.0  # seconds
 # A healthy system has none of these: a worker was lost, or KV did not verify.
 NEVER_HAPPENED = re.compile(
-    r"kvferry_(request_retries|kv_integrity_failures|kv_transfer_refused_messages)_total"
+    r"kvferry_(request_retries|requests_shed|kv_integrity_failures|kv_transfer_refused_messages)"
+    r"_total"
 )
 
 
