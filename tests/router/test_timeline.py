@@ -309,7 +309,7 @@ def test_a_request_has_come_though_the_router_is_too_busy_to_read_it(router: Rou
     def script(_: GenerationRequest) -> list[TokenChunk]:
         if not busy.is_set():
             busy.set()
-            time.sleep(0.5)  # on the event loop
+            time.sleep(2.0)  # on the event loop
         return [TokenChunk([5], "length")]
 
     router.generator.scripts = script
