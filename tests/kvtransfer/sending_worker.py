@@ -14,15 +14,19 @@ import torch
 
 from kernels.shared_memory import shared_zeros
 from kvtransfer.auto import auto_factory
+from kvtransfer.config import TransferConfig
 from kvtransfer.events import TransferEvent
 from kvtransfer.thread import TransferThread
+
+PIECE = 1 << 20  # bytes of a message: many of them, to be killed in between
 
 
 def main(address: str, grant_id: str, num_blocks: str, row_bytes: str) -> None:
     torch.set_num_threads(1)
     rows = shared_zeros((int(num_blocks), int(row_bytes)), torch.uint8).fill_(0xAB)
     events: queue.Queue[TransferEvent] = queue.Queue()
-    thread = TransferThread(rows, auto_factory(rows, "127.0.0.1"), events.put)
+    config = TransferConfig(in_place_bytes=PIECE)
+    thread = TransferThread(rows, auto_factory(rows, "127.0.0.1"), events.put, config=config)
     thread.start()
     blocks = range(int(num_blocks))
     thread.send_blocks(address.encode(), int(grant_id), 0, blocks, blocks)
