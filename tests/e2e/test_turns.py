@@ -79,14 +79,14 @@ def moved_blocks(stack: Seeded) -> float:
 
 
 def all_take_a_turn(stack: Seeded, chats: list[Chat]) -> None:
-    """Each over the next router, and one after the other: a queue would end a chat's affinity.
+    """One after the other, each over the next router, which has heard by then that nobody waits.
 
-    Until the workers have told all routers of it.
+    Else what the chat before queued at its worker might outweigh what this chat has there.
     """
     for chat in chats:
         chat.turn(stack, next(stack.turns))
-    stack.assert_idle()
-    time.sleep(TOLD)
+        stack.assert_idle()
+        time.sleep(TOLD)
 
 
 def restart(stack: Seeded, role: str) -> None:
