@@ -275,7 +275,8 @@ def prompt(engine: Engine, number: int, tokens: int) -> list[int]:
 
 def budget(step: Callable[[], None], repeats: int) -> dict[str, float]:
     """Milliseconds of one step in each phase, from a trace; dense is the forward pass without its
-    attention, host what no phase explains.
+    attention, host what no phase explains. A decode step that is traced calls its kernels one by
+    one, which takes some milliseconds more.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         seconds = sum(seconds_of(step) for _ in range(repeats))

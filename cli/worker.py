@@ -25,6 +25,7 @@ from decode.worker import DecodeWorker
 from engine.block_pool import BlockPool
 from engine.cache_feed import CacheFeed
 from engine.engine import Engine, EngineConfig
+from engine.memory_ahead import MemoryAhead
 from engine.thread import EngineThread
 from engine.tiers.cache import TieredCache
 from engine.tiers.config import TierConfig, open_tiers
@@ -105,6 +106,7 @@ class WorkerProcess:
         self._pool = BlockPool(
             self._engine.num_blocks, self._engine.geometry.block_size, self._engine.salt
         )
+        self._memory_ahead = None if rows.is_cuda else MemoryAhead(rows, self._pool)
         self._tiers = self._build_tiers(metrics)
         self._peers = Server(self._addresses.control, self._key)
         self._prefill_metrics = PrefillMetrics(metrics)
@@ -179,6 +181,8 @@ class WorkerProcess:
         """End the threads and sockets."""
         self._engine_thread.close()
         self._transfer.stop()
+        if self._memory_ahead is not None:
+            self._memory_ahead.close()
         if self._tiers is not None:
             self._tiers.close()
         self._peers.close()

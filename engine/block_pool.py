@@ -8,7 +8,7 @@ else, oldest first. Imports no torch: the simulator and the property tests run t
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Blocks
 from typing import Protocol
 
@@ -42,6 +42,8 @@ class BlockPool:
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0  # tokens found
         self.listeners: list[BlockListener] = []
+        self.num_begun = 0  # blocks up to the last one that was ever taken
+        self.on_begun: Callable[[int], None] = lambda _: None  # hears of every new ``num_begun``
 
     @property
     def num_free(self) -> int:
@@ -62,6 +64,10 @@ class BlockPool:
         if count > len(self._free):
             return None
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        last = max(blocks, default=-1)
+        if last >= self.num_begun:
+            self.num_begun = last + 1
+            self.on_begun(self.num_begun)
         for block in blocks:
             self._references[block] = 1
             block_hash = self._hash_by_block.pop(block, None)

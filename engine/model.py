@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.profiling import span
+from engine.profiling import profiled, span
 from engine.rope import rope_table
 from engine.weights import LayerWeights, ModelWeights
 from kernels.attention_metadata import AttentionMetadata
+from kernels.cpu import library
+from kernels.cpu.decoder_layers import DecoderLayers, is_packed
 from kernels.decode_attention import decode_attention
 from kernels.linear import Weight, embedding, linear
 from kernels.prefill_attention import prefill_attention
@@ -50,6 +52,7 @@ class Model:
         cos, sin = rope_table(config.rope, config.head_dim, max_model_len)
         self._cos = cos.to(weights.norm.device)  # [max_model_len, head_dim / 2]
         self._sin = sin.to(weights.norm.device)
+        self._native = self._native_layers()
 
     def forward(self, step: StepInput, kv: Tensor) -> Tensor:
         """Logits of the sampled tokens, float32 [sampled, vocab]; ``kv`` as in ``hidden``."""
@@ -67,9 +70,42 @@ class Model:
         ``kv`` is the arena, [blocks, kv heads, layers, 2, block_size, head_dim]; the step's slots
         are written.
         """
-        eps = self.config.rms_norm_eps
         cos, sin = self._cos[step.positions], self._sin[step.positions]
         residual = embedding(step.token_ids, self._weights.embed)  # [tokens, hidden]
+        # Who profiles a step wants to see its parts.
+        native = None if step.prefill is not None or profiled() else self._native
+        if native is not None and step.decode is not None:
+            branch = native(residual, cos, sin, step.slots, kv, step.decode)
+        else:
+            branch, residual = self._layers(residual, cos, sin, step, kv)
+        if len(step.sampled) == 0:
+            return residual[:0]
+        eps = self.config.rms_norm_eps
+        x, _ = add_rms_norm(branch[step.sampled], residual[step.sampled], self._weights.norm, eps)
+        return x
+
+    def _native_layers(self) -> DecoderLayers | None:
+        """What computes decode steps on a CPU; None where layers are computed part by part."""
+        config, layers = self.config, self._weights.layers
+        if config.head_dim > library.MAX_HEAD_DIM or not all(map(is_packed, layers)):
+            return None
+        native = library.load()
+        if native is None:
+            return None
+        return DecoderLayers(
+            native, layers, config.windows, eps=config.rms_norm_eps, scale=self._scale
+        )
+
+    def _layers(
+        self,
+        residual: Tensor,  # [tokens, hidden]
+        cos: Tensor,  # [tokens, head_dim / 2]
+        sin: Tensor,
+        step: StepInput,
+        kv: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What the last layer adds to the residual, and that, [tokens, hidden] each."""
+        eps = self.config.rms_norm_eps
         branch: Tensor | None = None  # what the last block adds to the residual
         for index, layer in enumerate(self._weights.layers):
             if branch is None:
@@ -80,10 +116,7 @@ class Model:
             x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps)
             branch = linear(silu_mul(linear(x, layer.gate_up)), layer.down)
         assert branch is not None
-        if len(step.sampled) == 0:
-            return residual[:0]
-        x, _ = add_rms_norm(branch[step.sampled], residual[step.sampled], self._weights.norm, eps)
-        return x
+        return branch, residual
 
     def _attention(
         self,

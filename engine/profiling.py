@@ -22,11 +22,14 @@ SKIPPED_STEPS = 5  # before a trace begins: they allocate and compile
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
+def profiled() -> bool:
+    """Whether torch's profiler watches this thread."""
+    return torch._C._autograd._profiler_enabled()
+
+
 def span(name: str) -> AbstractContextManager[object]:
     """A named range in the profiler's trace."""
-    if torch._C._autograd._profiler_enabled():
-        return record_function(name)
-    return _NOTHING
+    return record_function(name) if profiled() else _NOTHING
 
 
 class Phases:

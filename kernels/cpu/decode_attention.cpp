@@ -11,6 +11,7 @@
 #include "decode_ahead.h"
 #include "decode_arithmetic.h"
 #include "decode_items.h"
+#include "kernels.h"
 
 namespace {
 

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "kernels.h"
 #include "vectors.h"
 
 namespace {

@@ -36,6 +36,7 @@ SIGNATURES = {
     "copy_blocks": "ppppiiip",
     "add_rms_norm": "ipipipfppii",
     "decode_attention": "ipiipiiiiipipiiifip",
+    "decoder_layers": "pp",
     "dequantize_blocks": "ippiiiiipp",
     "linear_bf16": "pipppiii",
     "linear_int8": "ipipppppiii",

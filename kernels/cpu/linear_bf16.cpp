@@ -1,5 +1,6 @@
 // Linear layers of bf16, summed in float32.
 
+#include "kernels.h"
 #include "panels.h"
 
 using namespace kvferry;

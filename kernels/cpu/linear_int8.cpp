@@ -1,5 +1,6 @@
 // Linear layers of 8-bit integers, exact up to the scales; kernels/linear.py defines them.
 
+#include "kernels.h"
 #include "panels.h"
 
 namespace {

@@ -1,4 +1,6 @@
-"""Large pages: what streams through gigabytes spends a quarter of its time on small ones."""
+"""Pages: large ones, since what streams through gigabytes spends a quarter of its time on small
+ones; and having them before they are needed.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21  # bytes; smaller tensors cannot hold one
+MADV_POPULATE_WRITE = 23  # linux/mman.h, from Linux 5.14 on; the mmap module lacks it
 
 
 def on_huge_pages(tensor: Tensor) -> Tensor:
@@ -20,9 +23,7 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
         return tensor
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    libc = ctypes.CDLL(None)
-    # A refusal costs speed only.
-    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+    _advise(start, end, mmap.MADV_HUGEPAGE)
     return tensor
 
 
@@ -39,3 +40,18 @@ def private_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     except OSError as error:
         raise RuntimeError(f"cannot allocate {num_bytes} bytes: {error}") from error
     return on_huge_pages(torch.frombuffer(memory, dtype=dtype).view(shape))
+
+
+def populate(tensor: Tensor) -> None:
+    """Let the system provide all of the tensor's memory now, not page by page at first use.
+
+    What it holds stays, also while other threads write to it. Does nothing where the system cannot.
+    """
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    _advise(start, tensor.data_ptr() + tensor.nbytes, MADV_POPULATE_WRITE)
+
+
+def _advise(start: int, end: int, advice: int) -> None:
+    """Tell the system what to do with the pages in [start, end). A refusal costs speed only."""
+    libc = ctypes.CDLL(None)
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
