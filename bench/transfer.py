@@ -42,7 +42,7 @@ PERFTEST = Path(libucx.__file__).parent / "bin" / "ucx_perftest"
 WARM_UP = 2  # transfers before the clock starts
 SEGMENTS = {
     "default": {"UCX_TCP_TX_SEG_SIZE": "8k", "UCX_TCP_RX_SEG_SIZE": "64k"},  # UCX's own
-    "tuned": {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"},
+    "tuned": {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "1m"},
 }
 
 app = typer.Typer(add_completion=False)

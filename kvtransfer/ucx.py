@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 DEFAULTS = {
     "TCP_TX_SEG_SIZE": "256k",
-    "TCP_RX_SEG_SIZE": "256k",
+    "TCP_RX_SEG_SIZE": "1m",  # so that one read takes in up to four segments
     "TCP_CM_REUSEADDR": "y",  # a restarted worker takes its port again at once
 }
 FORCED = {"RNDV_THRESH": "8192"}

@@ -23,7 +23,7 @@ from bench.peers.process import running
 START_TIMEOUT = 30.0  # seconds
 TOKEN_BYTES = 128 << 10
 BLOCK_BYTES = 16 * TOKEN_BYTES
-SEGMENTS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}  # kvferry's own too
+SEGMENTS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}
 
 
 @dataclass(frozen=True, slots=True)
