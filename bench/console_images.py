@@ -103,6 +103,7 @@ def _picture(page: Page, part: Locator, file: Path) -> None:
     """A part of the page with some of what is around it."""
     part.evaluate("part => part.scrollIntoView({ block: 'center' })")
     page.evaluate("document.activeElement.blur()")
+    page.mouse.move(0, 0)  # it marks the row that it is on
     box = part.bounding_box()
     assert box is not None
     page.screenshot(

@@ -30,6 +30,8 @@ from router.text import TextModel
 if TYPE_CHECKING:  # needs an extra
     from router.tracing import Tracing
 
+GRACE = 2  # seconds that requests have to end in once the router is asked to
+
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
@@ -105,14 +107,19 @@ async def serve_router(config: RouterConfig) -> None:
             http=BoundedHttpProtocol,
             log_config=None,  # this process's
             log_level="warning",
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=2 * GRACE,  # then uvicorn drops connections
             lifespan="off",
             ws="none",
         )
     )
     loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        server.handle_exit(number, None)
+        loop.call_later(GRACE, dispatcher.shut_down)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.handle_exit, number, None)
+        loop.add_signal_handler(number, stop, number)
     events = asyncio.create_task(dispatcher.run())
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     try:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 RETRY = 0.5  # seconds between registrations until the router answers
 SILENCE = 4.0  # seconds without a word until a router is lost
-TELL = 0.02  # seconds between two messages about the cache, at least
+EARLY = 0.02  # seconds after a heartbeat until another one may come before its time
 REFUSED = 5.0  # seconds of refusals until the worker gives up; a dead namesake is forgotten sooner
 
 
@@ -84,8 +84,8 @@ class RouterLink:
         self._heard = 0.0  # time of the router's last message
         self._lateness = Lateness(SILENCE)
         self._refused: float | None = None  # since when
-        self._told = 0.0  # time of the last message about the cache
-        self._telling: asyncio.TimerHandle | None = None  # of the next one, between heartbeats
+        self._told = 0.0  # time of the last heartbeat
+        self._telling: asyncio.TimerHandle | None = None  # of an early one
 
     def send(self, message: Message) -> None:
         """Queue a message about a request, unless the router has lost the request meanwhile."""
@@ -93,13 +93,13 @@ class RouterLink:
             self._num_sent += 1
             self._client.send(message)
 
-    def tell_of_cache(self) -> None:
-        """Tell the router what has changed in the cache now, and not with the next heartbeat.
+    def tell_early(self) -> None:
+        """Tell the router the load and what has changed in the cache before the next heartbeat.
 
-        What changes within ``TELL`` of the last message waits for its end.
+        What changes within ``EARLY`` of the last one waits for its end.
         """
         if self._telling is None:
-            wait = max(0.0, self._told + TELL - time.monotonic())
+            wait = max(0.0, self._told + EARLY - time.monotonic())
             self._telling = asyncio.get_running_loop().call_later(wait, self._tell)
 
     def leave(self, next_role: Role | None = None) -> None:
@@ -140,25 +140,31 @@ class RouterLink:
             if self.router_id is not None and now - self._heard > SILENCE:
                 log.warning("router %s has been silent for %g s", self.router_id, SILENCE)
                 self._lose_router()
-            registration = self._registration(self._session)
             if self.router_id is not None:
-                heartbeat = Heartbeat(
-                    epoch=registration.epoch, load=registration.load, num_sent=self._num_sent
-                )
                 self._tell()
-                self._client.send(heartbeat)
             elif not self._leaving:
-                self._client.send(registration)
+                self._client.send(self._registration(self._session))
             await asyncio.sleep(self._interval)
 
     def _tell(self) -> None:
+        """Send a heartbeat, after what has changed in the cache."""
         self._told = time.monotonic()
         if self._telling is not None:
             self._telling.cancel()
             self._telling = None
-        changes = self._feed.take() if self.router_id is not None else None
+        if self.router_id is None:
+            return
+        changes = self._feed.take()
         if changes is not None:
             self._client.send(changes)
+        registration = self._registration(self._session)
+        heartbeat = Heartbeat(
+            epoch=registration.epoch,
+            load=registration.load,
+            num_sent=self._num_sent,
+            num_received=self._num_received,
+        )
+        self._client.send(heartbeat)
 
     async def _receive(self) -> None:
         while True:
@@ -223,15 +229,15 @@ class RouterLink:
 def send_to(router_id: str, message: Message, links: Iterable[RouterLink]) -> None:
     """Send a message about a request to the router that has asked for it, if it is registered.
 
-    The others hear at once what is cached by the end of a prompt or of a sequence: its next turn
-    may come through any of them.
+    The others hear at once what the end of a prompt or of a sequence leaves cached, and free: its
+    next turn, or another request, may come through any of them.
     """
-    caches = _ends_something(message)
+    ends = _ends_something(message)
     for link in links:
         if link.router_id == router_id:
             link.send(message)
-        elif caches:
-            link.tell_of_cache()
+        elif ends:
+            link.tell_early()
 
 
 def _ends_something(message: Message) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 KVDtype = Literal["float32", "bfloat16", "float16"]
 WireQuantization = Literal["none", "int8", "fp8"]

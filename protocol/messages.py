@@ -154,12 +154,14 @@ class Heartbeat(Message):
     """A registered worker is alive.
 
     One that has sent more messages about requests since it registered than the router has
-    received is lost, and registers again.
+    received is lost, and registers again. ``load`` includes what the first ``num_received`` of
+    the router's have brought: others may be on their way.
     """
 
     epoch: int
     load: WorkerLoad
     num_sent: int
+    num_received: int
 
 
 class Leaving(Message):

@@ -39,15 +39,18 @@ class Attempts:
         running.pair = pair
         self._by_id[attempt_id] = running
         computes = pair.prefill or pair.decode
-        for worker in pair.workers:
-            assignment = Assignment(
-                num_tokens,
-                start.demand.expected_tokens,
-                begun=worker is computes,
-                prompt_tokens=uncached_tokens(worker, start.demand) if worker is computes else 0,
-                prefix=running.prompt(worker.info.fingerprint) if worker is computes else (),
-            )
-            self._members.registry.give(worker, attempt_id, assignment)
+        expected, give = start.demand.expected_tokens, self._members.registry.give
+        prompt = Assignment(
+            num_tokens,
+            expected,
+            begun=True,
+            prompt_tokens=uncached_tokens(computes, start.demand),
+            prefix=running.prompt(computes.info.fingerprint),
+            number=computes.num_sent + 1,
+        )
+        give(computes, attempt_id, prompt)
+        if pair.prefill:
+            give(pair.decode, attempt_id, Assignment(num_tokens, expected, begun=False))
         message = self._message(running, pair.decode if pair.prefill else None)
         if not self._members.send(computes, message):
             self._members.lose(computes, "it cannot be reached")

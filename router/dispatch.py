@@ -142,6 +142,11 @@ class Dispatcher:
         self._disaggregation.change(mode, local_tokens)
         self._start_waiting()
 
+    def shut_down(self) -> None:
+        """Fail every request that is under way."""
+        for running in list(self._running):
+            self._handle(running, events.RouterEnds())
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yield the request's tokens; see ``router.generation.Generator``."""
         running = self._dispatch(request)

@@ -3,7 +3,7 @@
     WAITING ──Placed──> PREFILLING ──first token──> DECODING ──last token──> ENDED
        ^                    │                          │
        └── worker lost or left, retryable failure ─────┘   while retries are left
-    any state ──final failure, client gone, deadline──> ENDED
+    any state ──final failure, client gone, deadline, router ends──> ENDED
     WAITING ──no workers, shed──> ENDED
 
 An event goes in, actions come out; nothing is sent or awaited here. ``TRANSITIONS`` names what
@@ -45,6 +45,7 @@ from router.lifecycle_events import (
     NoWorkers,
     Placed,
     Retry,
+    RouterEnds,
     Shed,
     WorkerLeft,
     WorkerLost,
@@ -149,6 +150,9 @@ class RequestLifecycle:
     def _time_out(self, _: DeadlinePassed) -> list[Action]:
         return self._fail(DeadlineError("the request took longer than its timeout"))
 
+    def _cut_off(self, _: RouterEnds) -> list[Action]:
+        return self._fail(UnavailableError("the router is shutting down"))
+
     def _leave(self, _: ClientGone) -> list[Action]:
         return self._end()
 
@@ -232,6 +236,7 @@ _AT_WORK: Mapping[type[Event], Transition] = {
     WorkerLeft: RequestLifecycle._left,
     ClientGone: RequestLifecycle._leave,
     DeadlinePassed: RequestLifecycle._time_out,
+    RouterEnds: RequestLifecycle._cut_off,
 }
 
 # What is not here cannot happen: there is no attempt to hear of, or one at work already.
@@ -244,6 +249,7 @@ TRANSITIONS: Mapping[RequestState, Mapping[type[Event], Transition]] = {
         WorkerLeft: RequestLifecycle._ignore,
         ClientGone: RequestLifecycle._leave,
         DeadlinePassed: RequestLifecycle._time_out,
+        RouterEnds: RequestLifecycle._cut_off,
     },
     RequestState.PREFILLING: _AT_WORK,
     RequestState.DECODING: _AT_WORK,

@@ -65,6 +65,11 @@ class DeadlinePassed:
     """The request took longer than it may."""
 
 
+@dataclass(frozen=True, slots=True)
+class RouterEnds:
+    """The router ends, and with it all that it serves."""
+
+
 Event = (
     Placed
     | NoWorkers
@@ -76,6 +81,7 @@ Event = (
     | WorkerLeft
     | ClientGone
     | DeadlinePassed
+    | RouterEnds
 )
 
 # Actions -----------------------------------------------------------------------------------

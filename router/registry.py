@@ -25,6 +25,7 @@ class Assignment:
     begun: bool  # it takes room on the worker
     prompt_tokens: int = 0  # that the worker computes and has not cached, until its first token
     prefix: Sequence[int] = ()  # keys of the blocks that it will have cached then
+    number: int = 0  # of the message that brings it to the worker; 0: none does
     reported: bool = False  # and the worker's load includes it
     taken_blocks: int = 0  # by the worker's load
     coming_blocks: int = 0  # promised beside those
@@ -77,20 +78,20 @@ class Worker:
         """KV blocks that hold ``num_tokens`` tokens."""
         return self.info.fingerprint.geometry.blocks_for(num_tokens)
 
-    def report(self, load: WorkerLoad) -> None:
-        """The worker has told its load."""
+    def report(self, load: WorkerLoad, num_received: int = 0) -> None:
+        """The worker has told its load, of when it had received so many messages."""
         self.load, self.full, self.returned_blocks = load, False, 0
         self.told_cache()
         self.foreign_sequences = max(0, load.num_promised - len(self.assigned))
-        # Workers report prompts that wait as a whole: what is cached shows when they start.
-        prompts = (a for a in self.assigned.values() if a.prompt_tokens)
-        own = sum(a.num_tokens if load.num_waiting else a.prompt_tokens for a in prompts)
-        self.foreign_tokens = max(0, load.waiting_tokens - own)
         for assignment in self.assigned.values():
             self._count(assignment, -1)
-            assignment.reported |= assignment.begun
+            assignment.reported |= assignment.begun and assignment.number <= num_received
             self._promise(assignment)
             self._count(assignment, 1)
+        # Workers report prompts that wait as a whole: what is cached shows when they start.
+        prompts = (a for a in self.assigned.values() if a.prompt_tokens and a.reported)
+        own = sum(a.num_tokens if load.num_waiting else a.prompt_tokens for a in prompts)
+        self.foreign_tokens = max(0, load.waiting_tokens - own)
 
     def told_cache(self) -> None:
         """The worker has told of all blocks that it has by now."""
@@ -211,7 +212,7 @@ class Registry:
         worker = self._workers.get(peer)
         if worker is None or worker.info.epoch != message.epoch:
             return False
-        worker.report(message.load)
+        worker.report(message.load, message.num_received)
         worker.last_seen = now
         return True
 

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from prometheus_client import CollectorRegistry
 
@@ -29,8 +29,11 @@ from router.dispatch import Dispatcher
 from router.generation import GenerationRequest
 from router.running import Running
 
+M = TypeVar("M", bound=Message)
+
 SOON = 20.0  # seconds, generous
 LOAD = WorkerLoad(max_num_seqs=64, free_blocks=1000, total_blocks=1000)
+ONE_SLOT = LOAD.model_copy(update={"max_num_seqs": 1})
 REQUEST = GenerationRequest("r", [1, 2, 3], SamplingParams(max_tokens=9))
 
 
@@ -50,8 +53,12 @@ class Wire:
         await asyncio.Event().wait()
         raise AssertionError
 
-    def to(self, peer: str, kind: type[Message]) -> list[Message]:
+    def to(self, peer: str, kind: type[M]) -> list[M]:
         return [m for to, m in self.sent if to == peer.encode() and isinstance(m, kind)]
+
+    def all(self, kind: type[M]) -> list[M]:
+        """To whichever peer."""
+        return [m for _, m in self.sent if isinstance(m, kind)]
 
 
 def registration(
@@ -118,9 +125,16 @@ class Scene:
         self.num_said[worker] += isinstance(message, FirstToken | Tokens | RequestFailed)
         self.dispatcher._receive_one(worker.encode(), message)
 
-    def beat(self, worker: str, load: WorkerLoad | None = None) -> None:
-        num_sent = self.num_said[worker]
-        self.say(worker, Heartbeat(epoch=1, load=load or self.load, num_sent=num_sent))
+    def beat(self, worker: str, load: WorkerLoad | None = None, late: int = 0) -> None:
+        """``late``: of the router's messages, how many are still on their way to the worker."""
+        known = self.dispatcher._members.registry.get(worker.encode())
+        heartbeat = Heartbeat(
+            epoch=1,
+            load=load or self.load,
+            num_sent=self.num_said[worker],
+            num_received=known.num_sent - late if known else 0,
+        )
+        self.say(worker, heartbeat)
 
     def dispatch(self, request: GenerationRequest = REQUEST) -> Running:
         return self.dispatcher._dispatch(request)

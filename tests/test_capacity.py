@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -68,6 +69,16 @@ def test_a_report_tells_how_far_a_prompt_has_come() -> None:
     assert queued_tokens(prefill) == 300
     prefill.give("new", prompt(50))
     assert queued_tokens(prefill) == 350
+
+
+def test_a_prompt_that_a_report_crosses_on_its_way_counts_beside_it() -> None:
+    prefill = worker("p", WorkerLoad())
+    for number, num_tokens in ((1, 30), (2, 12)):
+        prefill.give(str(number), replace(prompt(num_tokens), number=number))
+    prefill.report(WorkerLoad(waiting_tokens=30 + 500), num_received=1)
+    assert queued_tokens(prefill) == 30 + 500 + 12
+    prefill.report(WorkerLoad(waiting_tokens=25 + 12 + 500), num_received=2)
+    assert queued_tokens(prefill) == 25 + 12 + 500
 
 
 def test_what_has_ended_counts_no_more_whatever_the_last_report_said() -> None:

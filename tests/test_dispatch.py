@@ -6,12 +6,13 @@ import asyncio
 
 import pytest
 
-from protocol.errors import DeadlineError, WorkerLostError
+from protocol.errors import DeadlineError, UnavailableError, WorkerLostError
 from protocol.messages import Cancel, Left, PrefillRequest, RequestFailed
 from protocol.sampling import SamplingParams
 from router import dispatch
 from router.generation import GenerationRequest, TokenChunk
 from tests.router_scene import (
+    ONE_SLOT,
     REQUEST,
     SOON,
     Scene,
@@ -34,13 +35,11 @@ def test_an_attempt_goes_on_with_the_tokens_that_were_delivered() -> None:
     scene = Scene("p0", "d0", "d1")
     running = scene.dispatch()
     [asked] = scene.wire.to("p0", PrefillRequest)
-    assert isinstance(asked, PrefillRequest)
     assert (asked.request_id, asked.token_ids, asked.num_prompt_tokens) == ("r#1", [1, 2, 3], 3)
     scene.say("p0", first(1, 0, 7))
     scene.say("d0", tokens(1, 1, 8, 9))
     scene.say("d0", Left())
     [_, again] = scene.wire.to("p0", PrefillRequest)
-    assert isinstance(again, PrefillRequest)
     assert (again.request_id, again.num_prompt_tokens) == ("r#2", 3)
     assert again.token_ids == [1, 2, 3, 7, 8, 9]
     assert again.decode.worker_id == "d1"
@@ -126,12 +125,35 @@ async def test_the_shorter_of_both_timeouts_ends_a_request() -> None:
     assert scene.wire.to("d0", Cancel)
 
 
+def test_a_request_that_a_report_crosses_on_its_way_counts() -> None:
+    scene = Scene("p0", "p1", "d0")
+    for name in ("r", "s"):
+        scene.dispatch(GenerationRequest(name, [1, 2, 3], SamplingParams(max_tokens=9)))
+    scene.say("p1", first(1, 0, 7, "s"))
+    scene.beat("p0", late=1)
+    scene.dispatch(GenerationRequest("t", [4, 5, 6], SamplingParams(max_tokens=9)))
+    assert [asked.request_id for asked in scene.wire.to("p1", PrefillRequest)] == ["s#1", "t#1"]
+
+
 def test_a_prefill_worker_that_cannot_be_reached_is_passed_over() -> None:
     scene = Scene("p0", "p1", "d0")
     scene.wire.gone.add(b"p0")
     scene.dispatch()
     assert len(scene.wire.to("p1", PrefillRequest)) == 1
     assert scene.ids() == {"p1", "d0"}
+
+
+def test_a_router_that_ends_fails_what_runs_and_what_waits() -> None:
+    scene = Scene("p0", "d0", load=ONE_SLOT)
+    waits = GenerationRequest("s", [1, 2, 3], SamplingParams(max_tokens=9))
+    running = [scene.dispatch(), scene.dispatch(waits)]
+    scene.dispatcher.shut_down()
+    for one in running:
+        with pytest.raises(UnavailableError, match="shutting down"):
+            one.output.take()
+    for worker in ("p0", "d0"):
+        assert scene.wire.to(worker, Cancel) == [Cancel(request_id="r#1")]
+    assert scene.dispatcher.num_running == 0
 
 
 async def test_closing_the_generator_cancels_on_both_workers() -> None:

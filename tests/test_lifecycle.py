@@ -32,6 +32,7 @@ from router.lifecycle_events import (
     NoWorkers,
     Placed,
     Retry,
+    RouterEnds,
     Shed,
     WorkerLeft,
     WorkerLost,
@@ -128,6 +129,7 @@ interruptions: st.SearchStrategy[Event] = st.sampled_from(
         WorkerLeft("x"),
         ClientGone(),
         DeadlinePassed(),
+        RouterEnds(),
     ]
 )
 
@@ -146,7 +148,13 @@ def test_a_request_goes_on_from_its_next_token_until_its_one_end(
         if data.draw(st.integers(0, 9)) == 0:
             last: Event = data.draw(
                 st.sampled_from(
-                    [NoWorkers("x"), Shed(OverloadedError("x")), ClientGone(), DeadlinePassed()]
+                    [
+                        NoWorkers("x"),
+                        Shed(OverloadedError("x")),
+                        ClientGone(),
+                        DeadlinePassed(),
+                        RouterEnds(),
+                    ]
                 )
             )
             actions = request.handle(last)
@@ -194,6 +202,7 @@ EVENTS: list[Event] = [
     WorkerLeft("p"),
     ClientGone(),
     DeadlinePassed(),
+    RouterEnds(),
 ]
 
 
@@ -354,7 +363,11 @@ def test_a_request_that_never_started_tells_why() -> None:
 
 
 def test_what_will_fail_anywhere_is_not_tried_again() -> None:
-    for event, kind in ((FATAL, InvalidRequestError), (DeadlinePassed(), DeadlineError)):
+    for event, kind in (
+        (FATAL, InvalidRequestError),
+        (DeadlinePassed(), DeadlineError),
+        (RouterEnds(), UnavailableError),
+    ):
         error = failure(placed(max_retries=9).handle(event))
         assert type(error) is kind
 

@@ -24,15 +24,10 @@ def states(scene: Scene) -> dict[str, tuple[str, str, str | None]]:
     return {row["id"]: (row["role"], row["state"], row["next_role"]) for row in rows}
 
 
-def prefill_requests(scene: Scene) -> list[PrefillRequest]:
-    return [m for _, m in scene.wire.sent if isinstance(m, PrefillRequest)]
-
-
 def test_a_second_worker_with_the_same_id_is_refused_while_the_first_is_connected() -> None:
     scene = Scene("p0")
     scene.say("p0-again", registration("p0", epoch=2))
     [refused] = scene.wire.to("p0-again", RegistrationRefused)
-    assert isinstance(refused, RegistrationRefused)
     assert "pid 1 on h" in refused.reason
     assert [row["epoch"] for row in scene.dispatcher.workers()] == [1]
     scene.wire.gone.add(b"p0")
@@ -48,8 +43,7 @@ def test_a_worker_that_starts_again_takes_no_part_in_what_it_held(role: str) -> 
     worker = role[0] + "0"
     scene.wire.gone.add(worker.encode())
     scene.say(f"{worker}-again", registration(worker, epoch=2))
-    asked = [m for _, m in scene.wire.sent if isinstance(m, PrefillRequest)]
-    assert [m.request_id for m in asked] == ["r#1", "r#2"]
+    assert [m.request_id for m in scene.wire.all(PrefillRequest)] == ["r#1", "r#2"]
     assert scene.count("request_retries", reason=f"{role}_lost") == 1
 
 
@@ -139,7 +133,7 @@ def test_a_worker_that_changes_its_role_ends_what_it_has_or_gives_it_up() -> Non
     scene.say("d0", tokens(1, 1, 8))
     scene.say("d0", Left(next_role="prefill"))
     assert states(scene)["d0"] == ("decode", "flipping", "prefill")
-    [again] = [m for m in prefill_requests(scene) if m.request_id == "r#2"]
+    [again] = [m for m in scene.wire.all(PrefillRequest) if m.request_id == "r#2"]
     assert again.token_ids == [1, 2, 3, 7, 8]
     assert again.decode.worker_id == "d1"
     scene.say("d0", registration("d0", epoch=2, session=1).model_copy(update={"role": "prefill"}))
@@ -154,7 +148,7 @@ def test_a_role_that_ends_unannounced_loses_its_work_to_others() -> None:
     scene.dispatch()
     scene.say("p0", Leaving(next_role="decode"))  # and then it was not heard for a while
     scene.say("p0", registration("p0", epoch=2, session=1).model_copy(update={"role": "decode"}))
-    assert [m.request_id for m in prefill_requests(scene)] == ["r#1", "r#2"]
+    assert [m.request_id for m in scene.wire.all(PrefillRequest)] == ["r#1", "r#2"]
 
 
 def test_a_leaving_worker_ends_what_it_has_and_takes_nothing_new() -> None:
@@ -183,7 +177,6 @@ def test_a_message_that_was_lost_on_its_way_ends_the_workers_session(worker: str
     scene.say(worker, registration(worker, session=1))
     if worker == "d0":  # prefill is not needed any more
         [_, again] = scene.wire.to("p0", PrefillRequest)
-        assert isinstance(again, PrefillRequest)
         assert again.token_ids == [1, 2, 3, 7, 8]
     scene.beat(worker)
     assert scene.ids() == {"p0", "d0"}

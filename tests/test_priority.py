@@ -13,21 +13,18 @@ from protocol.messages import (
     GrantRequest,
     PeerAddress,
     PrefillRequest,
-    WorkerLoad,
 )
 from protocol.sampling import SamplingParams
 from router.generation import GenerationRequest
 from tests.handoff_simulation import EPOCH, FINGERPRINT
-from tests.router_scene import Scene, first, tokens
+from tests.router_scene import ONE_SLOT, Scene, first, tokens
 
 SAMPLING = SamplingParams(max_tokens=2)
-ONE_SLOT = WorkerLoad(max_num_seqs=1, free_blocks=1000, total_blocks=1000)
 
 
 def asked(scene: Scene) -> list[tuple[str, int]]:
     """What prefill was asked for, in order."""
-    sent = [m for _, m in scene.wire.sent if isinstance(m, PrefillRequest)]
-    return [(m.request_id, m.priority) for m in sent]
+    return [(m.request_id, m.priority) for m in scene.wire.all(PrefillRequest)]
 
 
 def test_the_router_gives_the_lowest_number_to_the_workers_first_and_tells_it() -> None:

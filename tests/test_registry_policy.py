@@ -101,7 +101,9 @@ def test_heartbeats_keep_alive_and_silence_loses() -> None:
     registry = Registry(TIMEOUT)
     worker = join(registry, registration("p"))
     load = WorkerLoad(num_running=3)
-    assert registry.heartbeat(b"p", Heartbeat(epoch=1, load=load, num_sent=0), now=2.0)
+    assert registry.heartbeat(
+        b"p", Heartbeat(epoch=1, load=load, num_sent=0, num_received=0), now=2.0
+    )
     assert worker.load == load
     assert registry.expire(now=2.0 + TIMEOUT) == []
     assert registry.expire(now=2.1 + TIMEOUT) == [worker]
@@ -121,7 +123,7 @@ def test_a_worker_that_is_heard_in_a_pause_is_not_heard_in_the_future() -> None:
     registry = Registry(TIMEOUT)
     worker = join(registry, registration("p"))
     registry.expire(now=1.0)
-    registry.heartbeat(b"p", Heartbeat(epoch=1, load=LOAD, num_sent=0), now=99.0)
+    registry.heartbeat(b"p", Heartbeat(epoch=1, load=LOAD, num_sent=0, num_received=0), now=99.0)
     assert registry.expire(now=100.0) == []
     assert worker.last_seen == 100.0
 
@@ -129,8 +131,12 @@ def test_a_worker_that_is_heard_in_a_pause_is_not_heard_in_the_future() -> None:
 def test_heartbeats_of_strangers_and_of_former_epochs_do_not_count() -> None:
     registry = Registry(TIMEOUT)
     worker = join(registry, registration("p", epoch=2))
-    assert not registry.heartbeat(b"x", Heartbeat(epoch=1, load=LOAD, num_sent=0), now=2.0)
-    assert not registry.heartbeat(b"p", Heartbeat(epoch=1, load=LOAD, num_sent=0), now=2.0)
+    assert not registry.heartbeat(
+        b"x", Heartbeat(epoch=1, load=LOAD, num_sent=0, num_received=0), now=2.0
+    )
+    assert not registry.heartbeat(
+        b"p", Heartbeat(epoch=1, load=LOAD, num_sent=0, num_received=0), now=2.0
+    )
     assert worker.last_seen == 0.0
 
 

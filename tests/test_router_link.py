@@ -35,7 +35,7 @@ from protocol.messages import (
     Tokens,
     TokenUpdate,
 )
-from tests.router_scene import SOON, registration
+from tests.router_scene import LOAD, SOON, registration
 
 FAILED = RequestFailed(request_id="r#1", code="overloaded", message="full")
 
@@ -81,11 +81,13 @@ class RouterEnd:
             Registered(router_id=router_id, session=session, heartbeat_interval=heartbeat_interval)
         )
 
-    async def heartbeat(self, num_sent: int) -> None:
+    async def heartbeat(self, num_sent: int) -> Heartbeat:
         def is_it(message: Message) -> bool:
             return isinstance(message, Heartbeat) and message.num_sent == num_sent
 
-        await self.next(Heartbeat, is_it)
+        message = await self.next(Heartbeat, is_it)
+        assert isinstance(message, Heartbeat)
+        return message
 
     def say(self, *messages: Message) -> None:
         for message in messages:
@@ -126,8 +128,8 @@ async def test_nothing_is_dropped_while_the_counts_agree(tmp_path: Path) -> None
         router.say(RouterHeartbeat(num_sent=2))
         link.send(FAILED)
         link.send(FAILED)
-        await router.heartbeat(num_sent=2)
-        await router.heartbeat(num_sent=2)
+        while (await router.heartbeat(num_sent=2)).num_received < 2:
+            pass
         assert role.got == [Cancel(request_id="a"), Cancel(request_id="b")]
         assert role.dropped == []
 
@@ -145,18 +147,18 @@ async def test_the_router_is_told_of_the_cache_and_again_when_it_asks(tmp_path: 
         assert role.dropped == role.got == []
 
 
-async def test_the_router_is_told_of_the_cache_between_heartbeats_but_not_of_every_change(
+async def test_the_router_is_told_of_the_cache_early_but_not_of_every_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(router_link, "TELL", 0.5)
+    monkeypatch.setattr(router_link, "EARLY", 0.5)
     pool, names = BlockPool(4, 4), [bytes([number]) * HASH_BYTES for number in range(4)]
     async with linked(tmp_path, pool) as (router, link, _):
         await router.register(session=0, heartbeat_interval=10 * SOON)
-        await router.heartbeat(num_sent=0)  # it is the last one here
+        await router.heartbeat(num_sent=0)  # the next one is early
         told = []
         for block, name in enumerate(names):
             pool.name(block, name)
-            link.tell_of_cache()
+            link.tell_early()
             if block in (0, 3):
                 message = await router.next(CacheChanges, lambda _: True)
                 assert isinstance(message, CacheChanges)
@@ -165,7 +167,7 @@ async def test_the_router_is_told_of_the_cache_between_heartbeats_but_not_of_eve
 
 
 @pytest.mark.parametrize("finish_reason", [None, "length"])
-async def test_the_end_of_a_sequence_tells_the_other_routers_of_the_cache(
+async def test_the_end_of_a_sequence_tells_the_other_routers_of_the_cache_and_the_load(
     tmp_path: Path, finish_reason: FinishReason | None
 ) -> None:
     pool = BlockPool(4, 4)
@@ -178,15 +180,16 @@ async def test_the_end_of_a_sequence_tells_the_other_routers_of_the_cache(
     ):
         for router, name in ((asking, "a"), (other, "b")):
             await router.register(session=0, heartbeat_interval=10 * SOON, router_id=name)
-            await router.heartbeat(num_sent=0)  # it is the last one here
+            await router.heartbeat(num_sent=0)  # the next one is early
         pool.name(0, bytes(HASH_BYTES))
         update = TokenUpdate(request_id="r#1", index=0, token_ids=[1], finish_reason=finish_reason)
         send_to("a", Tokens(updates=[update]), [asking_link, other_link])
         await asking.next(Tokens, lambda message: message == Tokens(updates=[update]))
         send_to("b", FAILED, [asking_link, other_link])
-        told = [await other.next(Message, lambda _: True) for _ in range(2 if finish_reason else 1)]
+        told = [await other.next(Message, lambda _: True) for _ in range(3 if finish_reason else 1)]
         changes = CacheChanges(number=1, stored=bytes(KEY_BYTES), evicted=b"")
-        assert told == ([FAILED, changes] if finish_reason else [FAILED])
+        heartbeat = Heartbeat(epoch=1, load=LOAD, num_sent=1, num_received=0)
+        assert told == ([FAILED, changes, heartbeat] if finish_reason else [FAILED])
 
 
 async def test_a_lost_message_of_the_router_ends_the_session(tmp_path: Path) -> None:

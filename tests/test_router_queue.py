@@ -14,6 +14,7 @@ from router.generation import GenerationRequest, QueueState
 from router.lifecycle_events import ClientGone
 from tests.router_scene import (
     LOAD,
+    ONE_SLOT,
     Scene,
     error_of,
     first,
@@ -24,8 +25,6 @@ from tests.router_scene import (
     until,
 )
 
-ONE_SLOT = WorkerLoad(max_num_seqs=1, free_blocks=1000, total_blocks=1000)
-
 
 def request(name: str, timeout: float | None = None, max_tokens: int = 2) -> GenerationRequest:
     return GenerationRequest(name, [1, 2, 3], SamplingParams(max_tokens=max_tokens), timeout)
@@ -33,8 +32,7 @@ def request(name: str, timeout: float | None = None, max_tokens: int = 2) -> Gen
 
 def asked(scene: Scene) -> list[str]:
     """Attempts in the order in which prefill was asked for them."""
-    sent = [m for _, m in scene.wire.sent if isinstance(m, PrefillRequest)]
-    return [m.request_id for m in sent]
+    return [asked.request_id for asked in scene.wire.all(PrefillRequest)]
 
 
 def finish(scene: Scene, attempt: int = 1) -> None:
@@ -77,7 +75,7 @@ async def test_a_client_that_leaves_the_queue_leaves_nothing_behind() -> None:
     assert scene.dispatcher.num_running == 1
     finish(scene)
     assert asked(scene) == ["r#1"]
-    assert not [m for _, m in scene.wire.sent if isinstance(m, Cancel)]
+    assert not scene.wire.all(Cancel)
 
 
 async def test_a_deadline_passes_in_the_queue_too() -> None:

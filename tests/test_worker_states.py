@@ -124,7 +124,7 @@ class Model:
 
     def _beat(self, name: str, standing: Standing, *, late: bool) -> None:
         before = len(self.wire.to(name, RegisterAgain))
-        beat = Heartbeat(epoch=standing.epoch, load=LOAD, num_sent=int(late))
+        beat = Heartbeat(epoch=standing.epoch, load=LOAD, num_sent=int(late), num_received=0)
         known = standing.state is not GONE
         if known and late:
             self._end(name, standing, left=False)

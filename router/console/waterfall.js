@@ -21,9 +21,11 @@ const TOKENS_HEIGHT = 60;
 export function showRequest(sequences, wanted, objective) {
   const sequence = sequences.find((one) => one.sequence === wanted) ?? sequences[0];
   setText($("request-title"), sequence.sequence);
-  const first = sequence.time_to_first_token ?? sequence.seconds;
-  const before = sequence.stages.filter((stage) => stage.start + stage.seconds <= first + 2e-6);
-  const after = sequence.stages.slice(before.length);
+  const { stages, time_to_first_token: ttft } = sequence;
+  const first = ttft ?? sequence.seconds;
+  // The first delivery is the first token's.
+  const numBefore = ttft === null ? stages.length : 1 + stages.findIndex(({ name }) => name === "deliver");
+  const before = stages.slice(0, numBefore), after = stages.slice(numBefore);
   const parts = [
     ...facts(sequence), ...toFirstToken(sequence, before, first, objective),
     ...output(sequence, after, first, objective),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -16,6 +20,8 @@ import pytest
 
 from cli.serve import WORKER_NICENESS
 from tests.stack import eventually, free_port
+
+NUM_SEQUENCES = 8
 
 
 class Serve:
@@ -52,6 +58,17 @@ class Serve:
         return code
 
 
+@contextmanager
+def endless_stream(port: int) -> Iterator[Iterator[dict[str, Any]]]:
+    """The events of answers that take longer than the router has to end in."""
+    body = {"model": "kvferry-demo", "prompt": [300], "n": NUM_SEQUENCES, "ignore_eos": True}
+    body |= {"max_tokens": 2000, "stream": True}
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=30) as answer:
+        lines = (line.removeprefix("data: ") for line in answer.iter_lines())
+        yield (json.loads(line) for line in lines if line not in ("", "[DONE]"))
+
+
 def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if "kvferry" in name or "ucx" in name}
 
@@ -76,8 +93,13 @@ def test_serves_and_leaves_nothing_behind(short_directory: Path, number: signal.
     assert "tcp" in serve.text
     models = httpx.get(f"http://127.0.0.1:{serve.port}/v1/models", timeout=30).json()
     assert models["data"][0]["id"] == "kvferry-demo"
-    serve.process.send_signal(number)
+    with endless_stream(serve.port) as events:
+        while next(events)["choices"][0]["index"] < NUM_SEQUENCES - 1:
+            pass  # they begin in order
+        serve.process.send_signal(number)
+        assert list(events)[-1]["error"]["message"] == "the router is shutting down"
     assert serve.wait() == 0, serve.text
+    assert "Traceback" not in serve.text
     assert not [child for child in children if child.is_running()]
     assert list(short_directory.iterdir()) == []
     assert shared_memory() == segments

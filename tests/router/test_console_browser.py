@@ -88,6 +88,30 @@ def test_a_request_appears_and_its_waterfall_opens_by_keyboard(page: Any, router
     expect(rows.nth(1).locator("button")).to_be_focused()
 
 
+def test_a_transfer_that_took_no_time_comes_after_the_first_token(
+    page: Any, router: Router
+) -> None:
+    def with_transfer(route: Any) -> None:
+        answer = route.fetch()
+        content = answer.json()
+        [sequence] = content["sequences"]
+        [delivered] = [n for n, s in enumerate(sequence["stages"]) if s["name"] == "deliver"][:1]
+        first = sequence["time_to_first_token"]
+        transfer = {**sequence["stages"][delivered], "name": "transfer", "start": first}
+        sequence["stages"].insert(delivered + 1, {**transfer, "seconds": 0.0})
+        route.fulfill(response=answer, json=content)
+
+    router.say("Hello there", "length")
+    router.post("/v1/completions", model="test", prompt="Say hello")
+    page.route("**/admin/requests/cmpl-*", with_transfer)
+    page.goto(router.url + "/console")
+    page.locator("#requests tbody tr button").press("Enter")
+    to_first_token, then = page.locator(".waterfall").nth(0), page.locator(".waterfall").nth(1)
+    expect(then).to_contain_text("transfer")
+    expect(to_first_token).to_contain_text("deliver")
+    expect(to_first_token).not_to_contain_text("transfer")
+
+
 def test_for_want_of_which_pool_requests_wait_and_waited(page: Any, router: Router) -> None:
     def late(request: GenerationRequest) -> list[TokenChunk]:
         time.sleep(0.3)

@@ -1,36 +1,24 @@
-"""Where a request's time went: the timeline, the log of requests, and the activity window."""
+"""A request's timeline: its stages, its tokens' times, and who writes them."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-import socket
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from protocol.errors import DeadlineError, RequestNotFoundError
 from protocol.messages import Left
 from protocol.sampling import SamplingParams
-from router.activity import NUM_SLOTS, SLOT, Activity, Histogram, Objective, percentiles
 from router.answers import AnswerHead, CompletionShape
 from router.generation import GenerationRequest, TokenChunk
-from router.metrics import RouterMetrics, SequenceTimer
+from router.metrics import RouterMetrics
 from router.output import Output
-from router.request_log import MAX_RECENT, SLOW_PER_MINUTE, Record, RequestLog
 from router.stream import Choice, Job, run
 from router.text import TextModel
 from router.timeline import MAX_TIMES, Stage, Timeline, TokenTimes
-from tests.router.conftest import PATIENCE, Router, ScriptedGenerator
+from tests.router.conftest import ScriptedGenerator
 from tests.router_scene import Scene, first, tokens
-
-GOAL = Objective(time_to_first_token=1.0, time_per_output_token=0.1)
 
 
 def request() -> GenerationRequest:
@@ -206,192 +194,3 @@ async def test_a_token_is_delivered_once_its_consumer_comes_back(
         timeline = choice.request.timeline
         assert timeline.first_token is not None
         assert times[0] <= timeline.first_token <= times[1]
-
-
-def test_a_request_begins_with_its_first_byte(router: Router) -> None:
-    router.say("Hi")
-    body = json.dumps({"model": "test", "prompt": "Some", "max_tokens": 9}).encode()
-    with socket.create_connection(("127.0.0.1", router.port), PATIENCE) as connection:
-        for part in (b"POST /v1/completions HTTP/1.1\r\n", b"Connection: close\r\n"):
-            connection.sendall(part)
-            time.sleep(0.1)
-        connection.sendall(b"Content-Length: %d\r\n\r\n" % len(body))
-        time.sleep(0.1)
-        connection.sendall(body)
-        while connection.recv(65_536):
-            pass
-    [row] = httpx.get(f"{router.url}/admin/requests", timeout=PATIENCE).json()["recent"]
-    found = httpx.get(f"{router.url}/admin/requests/{row['id']}", timeout=PATIENCE).json()
-    first = found["sequences"][0]["stages"][0]
-    assert (first["name"], first["start"]) == ("receive", 0.0)
-    assert first["seconds"] >= 0.25
-
-
-def timed(metrics: RouterMetrics, error: BaseException | None) -> Record:
-    with SequenceTimer(metrics, request()) as timer:
-        [record] = metrics.log.running(9)
-        assert (record.outcome, record.timeline.stage) == (None, "router_queue")
-        if error is not None:
-            raise error
-        timer.tokens(2, num_cached_tokens=1)
-        timer.finished("stop")
-    raise AssertionError("unreachable")
-
-
-@pytest.mark.parametrize(
-    ("error", "outcome", "failed"),
-    [
-        (DeadlineError("late"), "deadline_exceeded", 1),
-        (RuntimeError("a bug"), "internal_error", 1),
-        (asyncio.CancelledError(), "cancelled", 0),
-        (GeneratorExit(), "cancelled", 0),
-    ],
-)
-def test_how_a_sequence_ended(error: BaseException, outcome: str, failed: int) -> None:
-    metrics = RouterMetrics(CollectorRegistry())
-    with pytest.raises(type(error)):
-        timed(metrics, error)
-    assert [record.outcome for record in metrics.log.recent(9)] == [outcome]
-    assert metrics.log.running(9) == []
-    rates = metrics.activity.present(GOAL, metrics.log.recent(1)[0].timeline.received)["rates"]
-    assert (rates["failed"] > 0) == bool(failed)
-
-
-def ended(log: RequestLog, name: str, received: float, end: float) -> Record:
-    record = Record(name, 1, Timeline(received=received))
-    log.begin(record)
-    log.end(record, "stop", end)
-    return record
-
-
-def test_a_sequence_that_ends_is_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    timeline = Timeline(received=0.0)
-    timeline.enter("prefill", 0.25)
-    timeline.attempts.append(("p0", "d0"))
-    timeline.enter("router_queue", 0.5)
-    timeline.waited_for["decode"] = 0.4
-    timeline.enter("prefill", 1.0)
-    timeline.attempts.append((None, "d1"))
-    timeline.enter("decode", 2.0)
-    timeline.deliver(3, 2.0)
-    log, record = RequestLog(), Record("cmpl-1f-0", 7, timeline, num_cached_tokens=4)
-    log.begin(record)
-    with caplog.at_level(logging.INFO):
-        log.end(record, "length", 4.0)
-    [line] = caplog.records
-    stages = "receive 250.0, prefill 1250.0, router_queue 500.0, deliver 0.0, decode 2000.0"
-    assert line.getMessage() == f"request cmpl-1f-0 length: 7 + 3 tokens on d1; ms: {stages}"
-    assert vars(line)["fields"] == {
-        "request_id": "cmpl-1f",
-        "sequence": "cmpl-1f-0",
-        "outcome": "length",
-        "path": "local",
-        "prefill_worker": None,
-        "decode_worker": "d1",
-        "attempts": 2,
-        "prompt_tokens": 7,
-        "cached_tokens": 4,
-        "output_tokens": 3,
-        "stages_ms": {
-            "receive": 250.0,
-            "prefill": 1250.0,
-            "router_queue": 500.0,
-            "deliver": 0.0,
-            "decode": 2000.0,
-        },
-        "waited_for_ms": {"decode": 400.0},
-    }
-
-
-def test_a_request_has_come_though_the_router_is_too_busy_to_read_it(router: Router) -> None:
-    busy = threading.Event()
-
-    def script(_: GenerationRequest) -> list[TokenChunk]:
-        if not busy.is_set():
-            busy.set()
-            time.sleep(2.0)  # on the event loop
-        return [TokenChunk([5], "length")]
-
-    router.generator.scripts = script
-    ask = partial(router.post, "/v1/completions", model="test", prompt="Hello")
-    with ThreadPoolExecutor(1) as thread:
-        other = thread.submit(ask)
-        assert busy.wait(PATIENCE)
-        answer = ask().json()
-        other.result()
-    found = httpx.get(f"{router.url}/admin/requests/{answer['id']}", timeout=PATIENCE).json()
-    stage = found["sequences"][0]["stages"][0]
-    assert stage["name"] == "receive"
-    assert 0.25 < stage["seconds"] < PATIENCE
-
-
-def test_the_log_is_bounded_and_keeps_the_slowest() -> None:
-    log = RequestLog()
-    slow = ended(log, "cmpl-slow-0", 0.0, 50.0)
-    for i in range(2 * MAX_RECENT):
-        ended(log, f"cmpl-{i}-0", 50.0, 50.0 + i / 1000)
-    assert len(log.recent(5 * MAX_RECENT)) == MAX_RECENT
-    assert log.recent(1)[0].request_id == f"cmpl-{2 * MAX_RECENT - 1}"
-    assert slow not in log.recent(MAX_RECENT)
-    assert log.slowest(1, now=60.0) == [slow]
-    assert len(log.slowest(100, now=60.0)) == SLOW_PER_MINUTE
-    assert log.find("cmpl-slow") == [slow]
-    assert log.slowest(100, now=50.0 + 11 * 60.0) == []
-
-
-def test_a_request_is_found_with_all_its_sequences_or_not_at_all() -> None:
-    log = RequestLog()
-    second, running = ended(log, "cmpl-a-1", 0.0, 1.0), Record("cmpl-a-0", 1, Timeline())
-    log.begin(running)
-    assert log.find("cmpl-a") == [running, second]
-    assert log.find("cmpl-a-1") == [second]
-    with pytest.raises(RequestNotFoundError, match="'cmpl-b' is neither"):
-        log.find("cmpl-b")
-
-
-def test_percentiles_are_within_one_percent() -> None:
-    histogram, other = Histogram(), Histogram()
-    for i in range(1, 1001):
-        (histogram if i % 2 else other).add(i / 1000)
-    found = percentiles([histogram, other])
-    assert found == pytest.approx({"p50": 0.5, "p90": 0.9, "p99": 0.99}, rel=0.011)
-    assert percentiles([Histogram()]) is None
-    histogram = Histogram()
-    histogram.add(0.0)
-    assert percentiles([histogram]) == pytest.approx(
-        {"p50": 1e-6, "p90": 1e-6, "p99": 1e-6}, rel=0.1
-    )
-
-
-def test_goodput_counts_what_is_within_both_objectives() -> None:
-    activity = Activity(0.0)
-    for ttft, tpot in ((0.5, 0.05), (2.0, 0.05), (0.5, 0.2), (0.5, None)):
-        activity.arrived(10.0)
-        activity.first_token(ttft, 7, 10.0)
-        activity.tokens(3, None, 10.0)
-        activity.served(ttft, tpot, 10.0)
-    activity.failed(10.0)
-    window = activity.present(GOAL, 20.0)
-    assert window["seconds"] == 20.0
-    assert window["goodput"]["requests_per_second"] == 0.1
-    assert window["goodput"]["attainment"] == 0.4
-    assert window["rates"] == {
-        "requests": 0.2, "failed": 0.05, "prompt_tokens": 1.4, "output_tokens": 0.6,
-    }  # fmt: skip
-
-
-def test_what_is_older_than_a_minute_is_not_present_and_older_than_ten_is_gone() -> None:
-    activity = Activity(0.0)
-    activity.tokens(5, 0.01, 1.0)
-    assert activity.present(GOAL, 30.0)["inter_token_latency"] is not None
-    assert activity.present(GOAL, 90.0)["inter_token_latency"] is None
-    history = activity.history(GOAL, 0, 90.0)
-    assert [point["slot"] for point in history] == list(range(1, 18))
-    everything = activity.history(GOAL, -1, 90.0)
-    assert everything[0]["output_tokens"] == 1.0
-    assert [point["slot"] for point in activity.history(GOAL, 15, 90.0)] == [16, 17]
-    assert activity.history(GOAL, 17, 90.0) == []
-    assert activity.history(GOAL, 18, 90.0) == everything
-    later = NUM_SLOTS * SLOT + 90.0
-    assert len(activity.history(GOAL, 0, later)) == NUM_SLOTS - 1
-    assert all(point["output_tokens"] == 0 for point in activity.history(GOAL, 0, later))
