@@ -30,6 +30,7 @@ soak: $(STAMP)
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
+	@echo 'Installing torch and the rest into $(VENV): this takes some minutes.'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
