@@ -21,7 +21,7 @@ import pytest
 from cli.serve import WORKER_NICENESS
 from tests.stack import eventually, free_port
 
-NUM_SEQUENCES = 8
+NUM_SEQUENCES = 16
 
 
 class Serve:
