@@ -5,11 +5,13 @@ from __future__ import annotations
 import psutil
 
 from engine.memory_ahead import AHEAD
+from tests.engine.test_memory_ahead import pytestmark as needs_populate
 from tests.stack import Stack, eventually
 
 ENOUGH = 60.0  # seconds
 
 
+@needs_populate
 def test_kv_memory_is_there_before_the_first_prompt() -> None:
     with Stack("demo", transport="auto") as stack:  # KV in a file that has a name
         worker = psutil.Process(stack.processes["prefill-0"].pid)
