@@ -88,6 +88,7 @@ class Dispatcher:
         )
         self._running: set[Running] = set()
         self._served_at = self._clock()  # when all that is needed was last there
+        self._ends = False
 
     # Generator -------------------------------------------------------------------------------
 
@@ -143,7 +144,8 @@ class Dispatcher:
         self._start_waiting()
 
     def shut_down(self) -> None:
-        """Fail every request that is under way."""
+        """Fail every request that is under way, and all that are yet to come."""
+        self._ends = True
         for running in list(self._running):
             self._handle(running, events.RouterEnds())
 
@@ -173,6 +175,8 @@ class Dispatcher:
         self._running.add(running)
         if pushed_out is not None:
             self._shed(pushed_out, "pushed_out")
+        if self._ends:
+            self._handle(running, events.RouterEnds())
         self._start_waiting()
         return running
 

@@ -143,16 +143,18 @@ def test_a_prefill_worker_that_cannot_be_reached_is_passed_over() -> None:
     assert scene.ids() == {"p1", "d0"}
 
 
-def test_a_router_that_ends_fails_what_runs_and_what_waits() -> None:
+def test_a_router_that_ends_fails_what_runs_waits_and_is_yet_to_come() -> None:
     scene = Scene("p0", "d0", load=ONE_SLOT)
     waits = GenerationRequest("s", [1, 2, 3], SamplingParams(max_tokens=9))
     running = [scene.dispatch(), scene.dispatch(waits)]
     scene.dispatcher.shut_down()
-    for one in running:
+    late = scene.dispatch(GenerationRequest("t", [1, 2, 3], SamplingParams(max_tokens=9)))
+    for one in (*running, late):
         with pytest.raises(UnavailableError, match="shutting down"):
             one.output.take()
     for worker in ("p0", "d0"):
         assert scene.wire.to(worker, Cancel) == [Cancel(request_id="r#1")]
+    assert len(scene.wire.to("p0", PrefillRequest)) == 1
     assert scene.dispatcher.num_running == 0
 
 
